@@ -1,0 +1,45 @@
+# Thin on purpose: each target says in one line what it runs, so that every step can be typed where there is no make.
+# `make PYTHON=python3.12` chooses the interpreter, `make VENV=~/envs/patchcore` the place of the environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+METADATA := settings.ini setup.py pyproject.toml
+
+.PHONY: help demo test docs lab readme
+help:
+	@grep '^## ' Makefile
+
+## make demo    pip install -e .         then patchcore_nb_run on the generated demo set
+demo: $(VENV)/installed
+	$(BIN)/patchcore_nb_run --gpu -1 --seed 0 --save_patchcore_model --save_segmentation_images --log_project demo --log_group filterbank demo_results patch_core -b filterbank -le layer2 -le layer3 sampler -p 0.1 approx_greedy_coreset dataset -d A -d B -d C demo demo_data
+
+## make test    pip install -e '.[dev]'  then python tools/check_clean.py; nbdev_test; python tools/pages.py; pytest tests
+test: $(VENV)/installed-dev
+	$(BIN)/python tools/check_clean.py
+	$(BIN)/nbdev_test
+	$(BIN)/python tools/pages.py
+	$(BIN)/python -m pytest tests
+
+## make docs    pip install -e '.[dev]'  then python tools/pages.py --render (the site, into _docs/)
+docs: $(VENV)/installed-dev
+	$(BIN)/python tools/pages.py --render
+
+## make lab     pip install -e '.[dev]'  then jupyter lab nbs
+lab: $(VENV)/installed-dev
+	$(BIN)/jupyter lab nbs
+
+## make readme  pip install -e '.[dev]'  then python tools/readme.py (README.md from nbs/index.ipynb)
+readme: $(VENV)/installed-dev
+	$(BIN)/python tools/readme.py
+
+# An environment that is older than the package's metadata is brought up to date; one that is not there is made.
+# torch and torchvision must come from one index: both are requirements, so one pip command installs both.
+$(VENV)/installed: $(METADATA)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e .
+	touch $@
+
+$(VENV)/installed-dev: $(METADATA)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e '.[dev]'
+	touch $(VENV)/installed $@
