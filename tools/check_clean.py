@@ -19,7 +19,7 @@ def held(
 )->dict[str,str]: # path, relative to the root -> SHA-256 of what it holds
     "What clean, export and the README's generator may touch."
     cfg = get_config()
-    found = [*cfg.nbs_path.rglob('*.ipynb'), *(cfg.nbs_path/readme.PICTURES).glob('*'), *cfg.lib_path.rglob('*'), root/'README.md', root/'pyproject.toml']
+    found = [*cfg.nbs_path.rglob('*.ipynb'), *(cfg.nbs_path/readme.PICTURES).glob('*'), *cfg.lib_path.rglob('*'), root/'README.md']
     kept = [p for p in found if p.is_file() and not {'__pycache__', '.ipynb_checkpoints'} & set(p.parts)]
     return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in kept}
 

@@ -5,12 +5,12 @@ The notebook's stored outputs are shown as they are: nothing is executed here.
 """
 import argparse
 import base64
+import json
 import posixpath
 import re
 import sys
 from pathlib import Path
 
-import nbformat
 import yaml
 from nbdev.config import get_config
 
@@ -29,6 +29,13 @@ def directives(
     found = [re.sub(r'\s*#\s*\|\s*', '', line, count=1) for line in lines[:head] if line.strip()]
     pairs = [yaml.safe_load(d) if re.match(r'[\w-]+:', d) else {d.split()[0]: None} for d in found if d]
     return {name: value for pair in pairs for name, value in pair.items()}, '\n'.join(lines[head:])
+
+
+def joined(
+    text:str|list, # a notebook keeps text as it is or as a list of lines
+)->str: # in one piece
+    "The text of a cell or an output."
+    return text if isinstance(text, str) else ''.join(text)
 
 
 def fence(
@@ -75,36 +82,36 @@ class Page:
 
     def output(self, out, marks):
         "Show one output: Markdown as Markdown, a picture as a file, anything else as text."
-        if out.output_type == 'error': raise ValueError(f'the notebook stored an error: {out.ename}: {out.evalue}')
-        data = {'text/plain': out.text} if out.output_type == 'stream' else out.data
-        if 'text/markdown' in data: self.blocks.append(prose(data['text/markdown'], self.folder))
-        elif 'image/png' in data: self.picture(data['image/png'], marks)
+        if out['output_type'] == 'error': raise ValueError(f"the notebook stored an error: {out['ename']}: {out['evalue']}")
+        data = {'text/plain': out['text']} if out['output_type'] == 'stream' else out['data']
+        if 'text/markdown' in data: self.blocks.append(prose(joined(data['text/markdown']), self.folder))
+        elif 'image/png' in data: self.picture(joined(data['image/png']), marks)
         elif 'text/plain' in data:
-            text = re.sub(r'\x1b\[[0-9;]*[A-Za-z]', '', data['text/plain'])
+            text = re.sub(r'\x1b\[[0-9;]*[A-Za-z]', '', joined(data['text/plain']))
             self.blocks.append(prose(text, self.folder) if marks.get('output') == 'asis' else fence(text))
         else: raise ValueError(f'an output has none of Markdown, PNG and text, only {sorted(data)}')
 
     def code(self, cell):
         "Show a code cell and its outputs as its directives ask."
-        marks, source = directives(cell.source)
+        marks, source = directives(joined(cell['source']))
         if unknown := marks.keys() - HIDING - SHOWING: raise ValueError(f'directives that the README does not know: {sorted(unknown)}')
         if HIDING & marks.keys() or marks.get('include') is False: return
         if source.strip() and marks.get('echo') is not False: self.blocks.append(fence(source, 'python'))
         if marks.get('output') is False: return
-        for out in cell.outputs: self.output(out, marks)
+        for out in cell['outputs']: self.output(out, marks)
 
 
 def build(
-    nb,           # a notebook, as nbformat reads it
+    nb:dict,                # a notebook's JSON
     name:str='index.ipynb', # its file name
     folder:str='nbs',       # the notebooks' folder, relative to the root
 )->tuple[str,dict[str,bytes]]: # the text of README.md; file name -> bytes of each picture
     "Turn a notebook with its stored outputs into a README."
     page = Page(folder)
-    for i, cell in enumerate(nb.cells):
+    for i, cell in enumerate(nb['cells']):
         try:
-            if cell.cell_type == 'markdown': page.blocks.append(prose(cell.source, folder))
-            elif cell.cell_type == 'code': page.code(cell)
+            if cell['cell_type'] == 'markdown': page.blocks.append(prose(joined(cell['source']), folder))
+            elif cell['cell_type'] == 'code': page.code(cell)
         except (ValueError, yaml.YAMLError) as e: raise ValueError(f'{folder}/{name}, cell {i}: {e}') from e
     page.blocks.insert(1, NOTE.format(name=name))
     return '\n\n'.join(b for b in page.blocks if b) + '\n', page.pictures
@@ -114,7 +121,8 @@ def wanted()->dict[Path,bytes]: # each file that the README consists of -> what 
     "README.md and its pictures, as the notebook has them now."
     cfg = get_config()
     folder = cfg.nbs_path.relative_to(cfg.config_path).as_posix()
-    text, pictures = build(nbformat.read(cfg.nbs_path/cfg.readme_nb, 4), cfg.readme_nb, folder)
+    nb = json.loads((cfg.nbs_path/cfg.readme_nb).read_text(encoding='utf-8'))
+    text, pictures = build(nb, cfg.readme_nb, folder)
     return {cfg.config_path/'README.md': text.encode(), **{cfg.nbs_path/PICTURES/k: v for k, v in pictures.items()}}
 
 

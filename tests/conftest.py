@@ -1,0 +1,23 @@
+"What the tests share: the golden results and real images, where they are at hand, and the demo set."
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope='session')
+def testdata()->Path: # a folder with data/, golden/ and weights/
+    "The reference's golden results, real images and real weights; the test is skipped where there are none."
+    root = os.environ.get('PATCHCORE_NB_TESTDATA')
+    if not root: pytest.skip('PATCHCORE_NB_TESTDATA is not set: no golden results, real images or weights to test with')
+    if not Path(root).is_dir(): pytest.fail(f'PATCHCORE_NB_TESTDATA is {root}, which is not a folder')
+    return Path(root)
+
+
+@pytest.fixture(scope='session')
+def demo_root(tmp_path_factory)->Path: # a folder in MVTec's layout
+    "The generated demo set, written once a session."
+    from patchcore_nb.demo import DEMO_CATEGORIES, make_demo
+    root = tmp_path_factory.mktemp('demo')
+    for category in DEMO_CATEGORIES: make_demo(root, category)
+    return root

@@ -1,0 +1,109 @@
+"The tools behind make: the README's generator, and the check that clean and export change nothing."
+import base64
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import readme
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+TOOLS = Path(readme.__file__).parent
+PNG = base64.b64encode(b'a picture').decode()
+
+
+def notebook(*cells):
+    "Strings are Markdown; pairs are code and its outputs."
+    made = [new_markdown_cell(c) if isinstance(c, str) else new_code_cell(c[0], outputs=list(c[1:])) for c in cells]
+    for i, cell in enumerate(made): cell['id'] = f'c{i}'
+    return new_notebook(cells=made, metadata={'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}})
+
+def body(*cells):
+    "The README below title and note."
+    return readme.build(notebook('# T\n\n> s', *cells))[0].split('-->\n', 1)[1].strip()
+
+def said(text): return new_output('stream', name='stdout', text=text)
+def shown(**data): return new_output('display_data', data={k.replace('_', '/'): v for k, v in data.items()})
+
+
+def test_head():
+    text, pictures = readme.build(notebook('# Title\n\n> Summary', 'Prose.'))
+    assert text.startswith('# Title\n\n> Summary\n\n<!-- ') and text.endswith('-->\n\nProse.\n') and not pictures
+
+@pytest.mark.parametrize('directive', ['hide', 'default_exp core', 'export', 'exporti', 'include: false'])
+def test_cells_that_are_not_shown(directive): assert body((f'#| {directive}\n1', said('1'))) == ''
+
+def test_code_and_output():
+    assert body(('1 + 1', said('2\n'))) == '```python\n1 + 1\n```\n\n```\n2\n```'
+    assert body(('#| echo: false\n1 + 1', said('2\n'))) == '```\n2\n```'
+    assert body(('#|output: false\n1 + 1', said('2\n'))) == '```python\n1 + 1\n```'
+    assert body(('#| echo: false\n#| output: asis\nx', said('**two**\n'))) == '**two**'
+    assert body(('#| echo: false\nx', said('\x1b[31mred\x1b[0m ```\n'))) == '````\nred ```\n````'
+
+def test_richest_output_that_markdown_can_show():
+    assert body(('#| echo: false\nx', shown(text_markdown='*m*', text_plain='p'))) == '*m*'
+    assert body(('#| echo: false\nx', shown(text_html='<b>', text_plain='p'))) == '```\np\n```'
+    with pytest.raises(ValueError, match='nbs/index.ipynb, cell 1: an output has none'): body(('x', shown(text_html='<b>')))
+
+def test_pictures_become_files():
+    text, pictures = readme.build(notebook('# T\n\n> s', ('#| echo: false\n#| fig-cap: "A: b"\nx', shown(image_png=PNG)), ('#| fig-alt: c\nx', shown(image_png=PNG))))
+    assert pictures == {'figure-1.png': b'a picture', 'figure-2.png': b'a picture'}
+    assert '![A: b](nbs/images/readme/figure-1.png)\n\n*A: b*' in text and '![c](nbs/images/readme/figure-2.png)' in text
+
+def test_links_are_seen_from_the_root():
+    assert body('[a](04_samplers.ipynb#x) [`b`](../LICENSE) ![c](images/c.png) [d](https://d) [e](#e) <img src="f.png">') == (
+        '[a](nbs/04_samplers.ipynb#x) [`b`](LICENSE) ![c](nbs/images/c.png) [d](https://d) [e](#e) <img src="nbs/f.png">')
+    assert body('`x[0](y)`\n\n```\n[x](y)\n```') == '`x[0](y)`\n\n```\n[x](y)\n```'
+
+@pytest.mark.parametrize('cell, message', [
+    (('#| code-fold: true\n1',), 'does not know.*code-fold'), (('1/0', new_output('error', ename='E', evalue='v', traceback=[])), 'stored an error: E: v'),
+    ('![x](attachment:x.png)', 'cannot show attachments'), (('#| fig-alt: a: b\n1',), 'cell 1: ')])
+def test_what_the_readme_cannot_show_is_refused(cell, message):
+    with pytest.raises(ValueError, match=message): body(cell)
+
+
+@pytest.fixture
+def project(tmp_path):
+    "A small project: an index with a picture, and one notebook that is exported."
+    for folder in 'nbs', 'lib': (tmp_path/folder).mkdir()
+    lines = ['[DEFAULT]', 'repo = lib', 'lib_name = lib', 'lib_path = lib', 'nbs_path = nbs', 'version = 0.0.1', 'author = a', 'user = u', 'branch = main']
+    (tmp_path/'settings.ini').write_text('\n'.join(lines), encoding='utf-8')
+    nbformat.write(notebook('# Lib\n\n> s', ('#| echo: false\nx', shown(image_png=PNG))), tmp_path/'nbs/index.ipynb')
+    nbformat.write(notebook('# Core\n\n> s', ('#| default_exp core',), ('#| export\ndef f(): return 1',)), tmp_path/'nbs/00_core.ipynb')
+    return tmp_path
+
+def run(tool, cwd, *args): return subprocess.run([sys.executable, TOOLS/tool, *args], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+def change(path, old, new): path.write_text(path.read_text(encoding='utf-8').replace(old, new), encoding='utf-8')
+
+def told(result):
+    "The files that the check named, or None where it passed."
+    assert result.returncode in (0, 1), result.stderr
+    return None if result.returncode == 0 else [line.strip() for line in result.stderr.splitlines() if line.startswith('  ')]
+
+def test_check_clean(project):
+    "Each way of being behind is told once and mended, and then there is nothing to tell."
+    assert {'README.md', 'lib/core.py', 'nbs/images/readme/figure-1.png'} <= set(told(run('check_clean.py', project)))
+    change(project/'nbs/00_core.ipynb', 'return 1', 'return 2')
+    change(project/'nbs/index.ipynb', '> s', '> other')
+    assert told(run('check_clean.py', project)) == ['README.md', 'lib/core.py']
+    change(project/'nbs/00_core.ipynb', '"execution_count": null', '"execution_count": 3')
+    change(project/'lib/core.py', 'return 2', 'return 3')
+    assert told(run('check_clean.py', project)) == ['lib/core.py', 'nbs/00_core.ipynb']
+    assert told(run('check_clean.py', project)) is None
+
+def test_check_clean_does_not_pass_over_a_broken_notebook(project):
+    (project/'nbs/01_broken.ipynb').write_text('{', encoding='utf-8')
+    result = run('check_clean.py', project)
+    assert result.returncode == 1 and 'Failed to clean notebook' in result.stderr
+
+def test_readme_check_writes_nothing(project):
+    stale = project/'nbs/images/readme/figure-2.png'
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b'')
+    result = run('readme.py', project, '--check')
+    assert result.returncode == 1 and 'README.md, nbs/images/readme/figure-1.png, nbs/images/readme/figure-2.png' in result.stderr
+    assert stale.exists() and not (project/'README.md').exists()
+    assert run('readme.py', project).returncode == 0 and run('readme.py', project, '--check').returncode == 0
+    assert not stale.exists() and (project/'nbs/images/readme/figure-1.png').read_bytes() == b'a picture'
