@@ -67,11 +67,15 @@ def _sq_dists(
     "Squared distances by one matrix product."
     return torch.addmm(b.square().sum(1)[None], a, b.T, alpha=-2).add_(a.square().sum(1)[:, None])
 
-def _lower(bank:Tensor, centre:Tensor, picks:Tensor, first:int, anchors:Tensor, nearest:Tensor, block:int=4096):
+def _sq_norms(bank:Tensor, centre:Tensor)->Tensor: # (N,)
+    "Squared norms about a centre, block by block."
+    return torch.cat([(x-centre).square().sum(1) for x in bank.split(4096)])
+
+def _lower(bank:Tensor, sq:Tensor, centre:Tensor, picks:Tensor, first:int, anchors:Tensor, nearest:Tensor, block:int=4096):
     "Lower all anchor distances, in place, to the distance to the nearest of `picks` (rows; positions from `first`)."
     chosen = bank[picks]-centre # (n, d)
     for i in range(0, len(bank), block):
-        d = _sq_dists(bank[i:i+block]-centre, chosen) # (block, n)
+        d = torch.addmm(sq[picks][None], bank[i:i+block]-centre, chosen.T, alpha=-2).add_(sq[i:i+block, None]) # (block, n)
         low = d.amin(1).clamp_(min=0).sqrt_()
         less = torch.nonzero(low < anchors[i:i+block])[:, 0]
         nearest[i+less] = d[less].argmin(1)+first
@@ -90,11 +94,11 @@ def farthest_points(
     N, centre = len(bank), bank.mean(0)
     if not 1 <= n <= N: raise ArgumentError(f'n must be from 1 to the {N} rows of the bank, got {n}')
     anchors = bank.new_full((N,), torch.inf) if start is None else start.clone()
-    nearest = torch.full((N,), -1, device=bank.device)
+    nearest, sq = torch.full((N,), -1, device=bank.device), _sq_norms(bank, centre)
     idxs, dists, bar = [], [], progress(range(n), 'coreset', show=show, unit='pick')
     if start is None: # all rows are infinitely far: take the first
         idxs, dists = [0], [torch.inf]
-        _lower(bank, centre, torch.tensor([0], device=bank.device), 0, anchors, nearest)
+        _lower(bank, sq, centre, torch.tensor([0], device=bank.device), 0, anchors, nearest)
     while len(idxs) < n:
         top, rows = anchors.topk(min(pool+1, N))
         bound = float(top[pool]) if N > pool else -torch.inf
@@ -103,7 +107,7 @@ def farthest_points(
         table = _sq_dists(near, near).clamp_(min=0).sqrt_().fill_diagonal_(0) # (B, B)
         new, new_dists = _pick_in_pool(table.cpu().numpy(), top.cpu().numpy().copy(), bound, n-len(idxs))
         picks = rows[torch.tensor(new, device=rows.device)]
-        _lower(bank, centre, picks, len(idxs), anchors, nearest)
+        _lower(bank, sq, centre, picks, len(idxs), anchors, nearest)
         idxs += picks.tolist(); dists += new_dists
         bar.update(len(new))
     bar.close()
@@ -214,9 +218,10 @@ def random_rows(bank:Tensor, n:int, sizes:list[int], seed:int, show:bool)->list[
     "Rows at random: the baseline that a coreset must beat."
     idxs = torch.randperm(len(bank), generator=generator(seed))[:n]
     low, stages = project(bank, 128, seed), _as_stages(bank, idxs, sizes)
+    centre = low.mean(0)
     for i, size in enumerate(sizes):
         anchors, nearest = low.new_full((len(low),), torch.inf), stages[i].nearest.clone()
-        _lower(low, low.mean(0), idxs[:size].to(low.device), 0, anchors, nearest)
+        _lower(low, _sq_norms(low, centre), centre, idxs[:size].to(low.device), 0, anchors, nearest)
         stages[i] = stages[i]._replace(nearest=nearest)
     return stages
 
