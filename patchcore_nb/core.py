@@ -114,6 +114,14 @@ def to_rgb(
 class FirstFrameWarning(UserWarning):
     "Only the first picture of a file with several is used."
 
+_said_of = set() # formats of which it has been said
+
+def _say_first_frame(path:Path, im:Image.Image):
+    "Warn of an animation, once for each format: a folder of GIFs should not fill the screen."
+    if im.format in _said_of: return
+    _said_of.add(im.format)
+    warnings.warn(f'{path} holds {im.n_frames} pictures: the first is used, here and in other {im.format} files', FirstFrameWarning, stacklevel=3)
+
 def read_image(
     path:str|Path, # any image file that Pillow reads
 )->Image.Image: # 8-bit RGB, upright
@@ -123,7 +131,7 @@ def read_image(
         if path.stat().st_size == 0: raise DataError(f'{path} is empty (0 bytes): restore the image or remove the file')
         with Image.open(path) as im:
             if getattr(im, 'is_animated', False) and im.format != 'MPO':
-                warnings.warn(f'{path} holds {im.n_frames} pictures: the first is used', FirstFrameWarning, stacklevel=2)
+                _say_first_frame(path, im)
             return to_rgb(im)
     except FileNotFoundError: raise DataError(f'{path} is not there: check the path') from None
     except UnidentifiedImageError: raise DataError(f'{path} is not an image that Pillow can read: replace or remove it') from None

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'TURNS', 'Sample', 'Category', 'register_dataset', 'load_category', 'list_images', 'subfolders', 'mvtec',
-           'make_miniature', 'Preprocess', 'image_size', 'read_mask', 'read_masks', 'batches', 'hold_out']
+           'make_miniature', 'Preprocess', 'image_size', 'read_mask', 'read_masks', 'check_category', 'batches',
+           'hold_out']
 
 # %% ../nbs/01_data.ipynb #97adc4da
 import warnings
@@ -178,8 +179,15 @@ def image_size(
 )->tuple[int,int]: # (width, height) as a person sees it, from the header alone
     "Size of an image without decoding it."
     try:
-        with Image.open(path) as im: return im.size[::-1] if im.getexif().get(0x0112, 1) > 4 else im.size
+        with Image.open(path) as im:
+            late = im.format == 'PNG' and 'exif' not in im.info # or Pillow decodes the whole PNG in search of it
+            turned = not late and im.getexif().get(0x0112, 1) > 4
+            return im.size[::-1] if turned else im.size
     except (OSError, SyntaxError): return read_image(path).size # which says what is wrong
+
+def _same_size(mask:Path, got:tuple[int,int], image:Path, want:tuple[int,int]):
+    "Raise unless a mask has the size of its image."
+    if got != want: raise DataError(f'mask {mask} is {got[0]} x {got[1]}, but its image {image} is {want[0]} x {want[1]}: give the mask the size of the image')
 
 def read_mask(
     path:str|Path,         # mask image: zero is good, the highest value is defect
@@ -188,8 +196,7 @@ def read_mask(
 )->Tensor: # (imagesize, imagesize) bool
     "The defect's shape as the network sees the image."
     grey = np.asarray(read_image(path)).max(2)
-    want, got = image_size(image), grey.shape[::-1]
-    if got != want: raise DataError(f'mask {path} is {got[0]} x {got[1]}, but its image {image} is {want[0]} x {want[1]}: give the mask the size of the image')
+    _same_size(path, grey.shape[::-1], image, image_size(image))
     peak = int(grey.max())
     white = Image.fromarray((grey.astype(np.uint16)*255//max(peak, 1)).astype(np.uint8))
     return torch.from_numpy(np.asarray(preprocess.crop(white)) == 255)
@@ -208,6 +215,17 @@ def read_masks(
     for m, o in zip(masks, samples):
         if o.mask: m.copy_(read_mask(o.mask, o.path, preprocess))
     return masks
+
+# %% ../nbs/01_data.ipynb #418af427
+def check_category(
+    category:Category, # as `load_category` returns it
+    show:bool=False,   # draw a progress bar?
+)->Category: # the same
+    "Look at the header of every image and mask, or say which is wrong."
+    for o in progress([*category.train, *category.test], f'loading {category.name}', show=show):
+        size = image_size(o.path)
+        if o.mask: _same_size(o.mask, image_size(o.mask), o.path, size)
+    return category
 
 # %% ../nbs/01_data.ipynb #2a04c22b
 def _ahead(

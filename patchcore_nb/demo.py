@@ -241,8 +241,8 @@ def draw_denim(
         thread = np.maximum((.55+.45*dye[(5*j)%256])*yarn(fv, .5), .02)
         cloth, mask = paint(cloth, tinted(thread, .46, .49, .53), inside(d, 2)), d < 0
     if kind == 'stain':
-        d = blob(dice, u-u[at], v-v[at], 10+18*size)
-        cloth, mask = paint(cloth, cloth*np.array([.85, .60, .34]), (.5+.5*size)*inside(d, 6)), d < 0
+        d = blob(dice, u-u[at], v-v[at], 9+19*size)
+        cloth, mask = paint(cloth, cloth*np.array([.85, .60, .34]), (.45+.55*size)*inside(d, 6)), d < 0
     return cloth*(1 + .10*dice.bell(SIZE, SIZE) + .15*cloud(dice, 4))[..., None], mask
 
 # %% ../nbs/01a_demo.ipynb #88098a1b
@@ -282,7 +282,7 @@ def dent(
     x, y, reach = u-u[at], v-v[at], 19+18*size
     bowl = clip01(1 - (x*x+y*y)/(reach*reach))
     bowl = bowl*bowl
-    return u-.22*x*bowl, v-.22*y*bowl, -.18*reach*bowl, bowl > .1
+    return u-.22*x*bowl, v-.22*y*bowl, -(.13+.06*size)*reach*bowl, bowl > .1
 
 def tear(
     dice:Dice,    # where chance comes from
@@ -293,7 +293,7 @@ def tear(
     "Break the bridge to one of the six neighbouring holes."
     turns = int(dice.one(0, 6))/6
     cx, cy = direction(turns)
-    return line(x-cx*PITCH/2, y-cy*PITCH/2, turns, PITCH) - (2.5+4.5*size)*(1+.25*cloud(dice, 30))
+    return line(x-cx*PITCH/2, y-cy*PITCH/2, turns, PITCH) - (2+5*size)*(1+.25*cloud(dice, 30))
 
 def clog(
     dice:Dice,               # where chance comes from
@@ -365,7 +365,7 @@ def broken(
 )->np.ndarray: # (H, W) radius that the break leaves in this pixel's direction, pixels
     "Break one tooth off, unevenly."
     along, across = turned(x, y, int(dice.one(0, 16))/16)
-    return np.where((along > 0) & (np.abs(across) < 18), 90-8*size + .25*across + 3*cloud(dice, 40), 99)
+    return np.where((along > 0) & (np.abs(across) < 18), 89.5-7.5*size + .25*across + 3*cloud(dice, 40), 99)
 
 # %% ../nbs/01a_demo.ipynb #b1bed2d4
 def scratched(
@@ -464,9 +464,9 @@ def png_bytes(
     return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', head) + chunk(b'IDAT', stream) + chunk(b'IEND', b'')
 
 # %% ../nbs/01a_demo.ipynb #d18483a5
-_DIGESTS = {'denim': 'cdbbc0c2845d793a93f6a721cb210c96001b9515e0d40da750cb908436da510c',
-            'sieve': 'f111ab9348d5b6236c64677691eb0dca9d665cf6bb032833e9a05f588148b4a0',
-            'cog': 'ab7c010a251c11155b85ac9257b3273513366431f72739a63ce4258e13740c80'}
+_DIGESTS = {'denim': '7d595fd6a3f73ec7fb2ff0c346f1d61c80c0b704cdb92c9ada2d746fa2dd0ef3',
+            'sieve': '981311742e79b558754ecb421cb2fd7a7258093d33ad7ff88b1d29d132eb2c2a',
+            'cog': '3d55d92d9912fd346cca77bdbf2b7d6278011a9c29a371c957caa93253c00298'}
 
 def demo_files(
     category:str, # one of `DEMO_CATEGORIES`

@@ -25,7 +25,7 @@ from .evaluation import conformal_threshold, images_needed
 from .extractor import Extractor, create_backbone, map_shapes, split_seed
 from .filterbank import FilterBank
 from .samplers import coreset, coreset_size
-from .scorer import Scorer, make_maps
+from .scorer import PATCH_SCORES, Scorer, make_maps
 
 # %% ../nbs/07_patchcore.ipynb #f56abb2e
 class PatchCore:
@@ -101,6 +101,16 @@ def _seed(self:PatchCore)->int:
     "The seed: the one in the backbone's name before the model's own."
     own = split_seed(self.backbone)[1]
     return self.seed if own is None else own
+
+# %% ../nbs/07_patchcore.ipynb #c80a4897
+@patch
+def check(self:PatchCore)->PatchCore: # itself
+    "Refuse arguments that cannot work, before any image is read."
+    coreset_size(1, self.ratio, self.sampler)
+    hold_out(1000, self.train_val_split)
+    if self.k < 1: raise ArgumentError(f'k must be at least 1 neighbour, got {self.k}')
+    if self.patch_score not in PATCH_SCORES: raise unknown('patchscore', self.patch_score, PATCH_SCORES)
+    return self._set_up()
 
 # %% ../nbs/07_patchcore.ipynb #28f62aba
 def as_items(

@@ -35,7 +35,7 @@ def code_cells(path):
     cells = nbformat.read(path, 4).cells
     return [(i, src, marks, c.outputs) for i, c in enumerate(cells) if c.cell_type == 'code' for marks, src in [readme.directives(c.source)]]
 
-def pictures(outputs): return [o for o in outputs if 'image/png' in o.get('data', {}) or 'image/svg+xml' in o.get('data', {})]
+def pictures(outputs): return [o for o in outputs if any(k in o.get('data', {}) for k in ('image/png', 'image/jpeg')) or 'image/svg+xml' in o.get('data', {})]
 
 
 # Who may import whom. The stages 01 to 06 know core alone; a lettered notebook also knows its own number.
