@@ -247,7 +247,7 @@ def progress(
     total:int=None,   # how many, where `items` has no length
     show:bool=False,  # draw a bar?
     unit:str='image', # what is counted
-)->Iterable: # the same items
+)->Iterable: # the same items; also a context that ends the bar's line, whatever happens
     "Go through `items` under a progress bar."
     from tqdm.auto import tqdm
     return tqdm(items, desc=desc, total=total, disable=not show, unit=unit, leave=True, dynamic_ncols=True)

@@ -222,9 +222,10 @@ def check_category(
     show:bool=False,   # draw a progress bar?
 )->Category: # the same
     "Look at the header of every image and mask, or say which is wrong."
-    for o in progress([*category.train, *category.test], f'loading {category.name}', show=show):
-        size = image_size(o.path)
-        if o.mask: _same_size(o.mask, image_size(o.mask), o.path, size)
+    with progress([*category.train, *category.test], f'loading {category.name}', show=show) as bar:
+        for o in bar:
+            size = image_size(o.path)
+            if o.mask: _same_size(o.mask, image_size(o.mask), o.path, size)
     return category
 
 # %% ../nbs/01_data.ipynb #2a04c22b

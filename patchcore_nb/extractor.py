@@ -7,7 +7,7 @@ __all__ = ['BACKBONES', 'ALIASES', 'ENDINGS', 'HEADS', 'register_backbone', 'spl
            'read_weights', 'put_weights', 'create_backbone', 'find_layers', 'Extractor', 'map_shapes']
 
 # %% ../nbs/02_extractor.ipynb #f6776076
-import os, re
+import logging, os, re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -111,11 +111,13 @@ def _build(library:str, name:str, pretrained:bool)->nn.Module:
 
 def _download(library:str, name:str, asked:str)->nn.Module:
     "The library's own weights, or an error that names every way out."
+    logging.disable() # a library that fails to download prints pages of tracebacks first
     try: return _build(library, name, pretrained=True)
     except Exception as e:
         why = (str(e).splitlines() or [type(e).__name__])[0][:120]
         raise DataError(f'no weights for {asked}: no {asked}.safetensors, .pth or .pt in --weights_dir or PATCHCORE_NB_WEIGHTS, and the download by {library} failed ({why}): '
                         f'put {asked}.pth into a folder and pass it as --weights_dir, or use the backbone filterbank, which needs none') from None
+    finally: logging.disable(logging.NOTSET)
 
 def create_backbone(
     name:str,                         # a name in `BACKBONES`, torchvision or timm, perhaps with ".seed-N"

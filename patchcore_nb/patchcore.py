@@ -112,6 +112,17 @@ def check(self:PatchCore)->PatchCore: # itself
     if self.patch_score not in PATCH_SCORES: raise unknown('patchscore', self.patch_score, PATCH_SCORES)
     return self._set_up()
 
+@patch
+def check_size(self:PatchCore,
+    n:int, # training images
+)->tuple[list[int],list[int],int]: # indices to remember; to hold out; M, patches that will be remembered
+    "Refuse a number of images that is too small for the split or for k."
+    keep, held = hold_out(n, self.train_val_split, self.seed)
+    h, w = self.grid_
+    m = coreset_size(len(keep)*(len(TURNS) if self.augment else 1)*h*w, self.ratio, self.sampler)
+    if self.k > m: raise ArgumentError(f'k = {self.k} neighbours asked of a memory bank of {m} patches: pass a smaller --anomaly_scorer_num_nn or keep more patches (-p)')
+    return keep, held, m
+
 # %% ../nbs/07_patchcore.ipynb #28f62aba
 def as_items(
     images, # a folder, a path, a `Category` (its training images), an image, an (B, ...) array or tensor, or a sequence of any of these but the first
@@ -134,12 +145,10 @@ def _embed(self:PatchCore,
     def load(o):
         item, turn = o if isinstance(o, tuple) else (o, 'as it is')
         return to_tensor(TURNS[turn](self.preprocess_.crop(to_pil(item))))
-    with torch.inference_mode():
-        bar = progress(None, what, len(items), self.show)
+    with torch.inference_mode(), progress(None, what, len(items), self.show) as bar:
         for x in batches(items, load, self.batch_size, self.num_workers):
             yield self.aggregator_(self.extractor_(x.to(self.device_)))
             bar.update(len(x))
-        bar.close()
 
 # %% ../nbs/07_patchcore.ipynb #5532e90e
 @patch
@@ -161,7 +170,8 @@ def _calibrate(self:PatchCore, items:Sequence):
     if not hasattr(self.extractor_.backbone, 'calibrate'): return
     def load(o): return self.preprocess_(to_pil(o))
     seen = batches(items, load, self.batch_size, self.num_workers)
-    self.extractor_.backbone.calibrate(x.to(self.device_) for x in progress(seen, 'calibrating', math.ceil(len(items)/self.batch_size), self.show, 'batch'))
+    with progress(seen, 'calibrating', math.ceil(len(items)/self.batch_size), self.show, 'batch') as bar:
+        self.extractor_.backbone.calibrate(x.to(self.device_) for x in bar)
 
 # %% ../nbs/07_patchcore.ipynb #169be2ea
 @patch
@@ -177,19 +187,17 @@ def fit(self:PatchCore,
 )->PatchCore: # itself
     "Remember what good patches look like."
     items = as_items(images)
-    keep, held = hold_out(len(items), self.train_val_split, self.seed)
-    self._set_up()
+    keep, held, _ = self.check().check_size(len(items))
     h, w = self.grid_
     train = [(items[i], t) for i in keep for t in (TURNS if self.augment else ['as it is'])]
-    m = coreset_size(len(train)*h*w, self.ratio, self.sampler)
-    if not 1 <= self.k <= m: raise ArgumentError(f'k = {self.k} neighbours asked of a memory bank of {m} patches: pass a smaller --anomaly_scorer_num_nn or keep more patches (-p)')
     self._calibrate([items[i] for i in keep])
     bank = self._fill(train)
     core = coreset(bank, self.ratio, self.sampler, self._seed(), self.show)
     idxs = core.idxs.to(bank.device)
     self.n_images_, self.n_patches_ = len(keep), len(bank)
     self.idxs_, self.anchor_dists_, self.sizes_, self.radii_ = core.idxs, core.anchor_dists, core.sizes, core.radii
-    self.origin_ = torch.stack([core.idxs//(h*w)//(len(train)//len(keep)), core.idxs//w % h, core.idxs % w], 1) # (M, 3)
+    image = torch.tensor(keep)[core.idxs//(h*w)//(len(train)//len(keep))] # counted among the images that were given
+    self.origin_ = torch.stack([image, core.idxs//w % h, core.idxs % w], 1) # (M, 3)
     self._remember(bank[idxs].cpu())
     self.threshold_ = self._threshold([items[i] for i in held]) if held else None
     return self
@@ -203,6 +211,7 @@ class Prediction:
     anomaly_maps:Tensor   # (B, H, W) of the square that the network saw
     patch_scores:Tensor   # (B, h, w) squared distances
     nn_idxs:Tensor        # (B, h, w) int64 nearest patch, as a row of the memory bank
+    preprocess:Preprocess # which square of an image the network saw
     threshold:float|None=None # image scores above it are called anomalous; None: the model has none
 
     def __len__(self): return len(self.images)
@@ -223,7 +232,7 @@ def predict(self:PatchCore,
     found = [self.scorer_(p) for p in self._embed(items, 'scoring')]
     maps = torch.cat([make_maps(s.patch_scores, size).cpu() for s in found])
     scores, patch_scores, nn_idxs = (torch.cat([o.cpu() for o in part]) for part in zip(*found))
-    return Prediction(items, scores, maps, patch_scores, nn_idxs, getattr(self, 'threshold_', None))
+    return Prediction(items, scores, maps, patch_scores, nn_idxs, self.preprocess_, getattr(self, 'threshold_', None))
 
 @patch
 def _threshold(self:PatchCore, held:Sequence)->float|None:

@@ -95,22 +95,22 @@ def farthest_points(
     if not 1 <= n <= N: raise ArgumentError(f'n must be from 1 to the {N} rows of the bank, got {n}')
     anchors = bank.new_full((N,), torch.inf) if start is None else start.clone()
     nearest, sq = torch.full((N,), -1, device=bank.device), _sq_norms(bank, centre)
-    idxs, dists, bar = [], [], progress(range(n), 'coreset', show=show, unit='pick')
+    idxs, dists = [], []
     if start is None: # all rows are infinitely far: take the first
         idxs, dists = [0], [torch.inf]
         _lower(bank, sq, centre, torch.tensor([0], device=bank.device), 0, anchors, nearest)
-    while len(idxs) < n:
-        top, rows = anchors.topk(min(pool+1, N))
-        bound = float(top[pool]) if N > pool else -torch.inf
-        top, rows = top[:pool], rows[:pool] # (B,)
-        near = bank[rows]-bank[rows].mean(0)
-        table = _sq_dists(near, near).clamp_(min=0).sqrt_().fill_diagonal_(0) # (B, B)
-        new, new_dists = _pick_in_pool(table.cpu().numpy(), top.cpu().numpy().copy(), bound, n-len(idxs))
-        picks = rows[torch.tensor(new, device=rows.device)]
-        _lower(bank, sq, centre, picks, len(idxs), anchors, nearest)
-        idxs += picks.tolist(); dists += new_dists
-        bar.update(len(new))
-    bar.close()
+    with progress(None, 'coreset', n, show, 'pick') as bar:
+        while len(idxs) < n:
+            top, rows = anchors.topk(min(pool+1, N))
+            bound = float(top[pool]) if N > pool else -torch.inf
+            top, rows = top[:pool], rows[:pool] # (B,)
+            near = bank[rows]-bank[rows].mean(0)
+            table = _sq_dists(near, near).clamp_(min=0).sqrt_().fill_diagonal_(0) # (B, B)
+            new, new_dists = _pick_in_pool(table.cpu().numpy(), top.cpu().numpy().copy(), bound, n-len(idxs))
+            picks = rows[torch.tensor(new, device=rows.device)]
+            _lower(bank, sq, centre, picks, len(idxs), anchors, nearest)
+            idxs += picks.tolist(); dists += new_dists
+            bar.update(len(new))
     return Picks(torch.tensor(idxs), torch.tensor(dists), anchors, nearest)
 
 # %% ../nbs/04_samplers.ipynb #074026c2

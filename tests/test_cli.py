@@ -1,0 +1,334 @@
+"The command line, end to end on miniatures: the reference's flags and files, and every bad input with its one line."
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from patchcore_nb import core, extractor, store
+from patchcore_nb.cli import main
+from patchcore_nb.data import make_miniature
+
+SMALL = '--imagesize 64 --resize 64'
+CORE = '-b resnet18 -le layer2 -le layer3 --weights random --pretrain_embed_dimension 64 --target_embed_dimension 64'
+
+
+@pytest.fixture
+def data(tmp_path): return make_miniature(tmp_path/'data', n_train=4)
+
+
+@pytest.fixture
+def call(tmp_path, data, capsys, monkeypatch):
+    "Run the command line in a fresh folder; parts not given are the usual ones. Returns status, lines on stderr, stdout."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv('PATCHCORE_NB_DEBUG', raising=False)
+    monkeypatch.delenv('PATCHCORE_NB_WEIGHTS', raising=False)
+    def go(group='', core=CORE, sampler='-p 0.1 approx_greedy_coreset', dataset=f'{SMALL} -d tile', name='mvtec', path=None, args=None):
+        words = args if args is not None else ['--gpu', '-1', *group.split(), 'results', 'patch_core', *core.split(), 'sampler', *sampler.split(), 'dataset', *dataset.split(), name, str(path or data)]
+        with pytest.raises(SystemExit) as e: main(words)
+        out = capsys.readouterr()
+        return e.value.code, [o for o in out.err.replace('\r', '\n').splitlines() if o.startswith(('error', 'warning')) or 'Traceback' in o], out.out
+    return go
+
+
+def refused(answer, status, *words):
+    "One line, this status, all of these words, no traceback."
+    code, lines, _ = answer
+    assert code == status, answer
+    errors = [o for o in lines if o.startswith('error: ')]
+    assert len(errors) == 1 and not any('Traceback' in o for o in lines), lines
+    for o in words: assert o in errors[0], errors[0]
+
+
+def only(folder, pattern): return sorted(str(p.relative_to(folder)).replace(os.sep, '/') for p in Path(folder).rglob(pattern))
+
+
+# The reference's files
+
+def test_files_of_a_run(call, tmp_path):
+    code, _, out = call('--seed 3 --save_patchcore_model --save_segmentation_images --log_group G --log_project P')
+    assert code == 0
+    home = tmp_path/'results'/'P'/'G'
+    lines = (home/'results.csv').read_bytes().decode().split('\r\n')
+    assert lines[0] == 'Row Names,instance_auroc,full_pixel_auroc,anomaly_pixel_auroc'
+    assert [o.split(',')[0] for o in lines[1:]] == ['mvtec_tile', 'Mean', '']
+    assert only(home/'segmentation_images', '*.png') == [f'mvtec_tile/tile_test_{k}_{i:03}.png' for k in ('good', 'spot') for i in (0, 1)]
+    assert str(home/'results.csv').endswith(out.split('results:')[1].split()[0]) and 'segmentation_images' in out and 'models' in out
+
+
+def test_a_second_run_goes_beside_the_first_and_is_the_same(call, tmp_path):
+    for _ in range(2): assert call('--log_group G')[0] == 0
+    assert only(tmp_path/'results'/'project', 'results.csv') == ['G/results.csv', 'G_0/results.csv']
+    assert len({p.read_bytes() for p in tmp_path.rglob('results.csv')}) == 1
+
+
+def test_models_in_both_formats(call, tmp_path):
+    weights = tmp_path/'weights'
+    weights.mkdir()
+    import torchvision
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18().state_dict(), weights/'resnet18.pth')
+    core_args = CORE.replace('--weights random', f'--weights_dir {weights}')
+    assert call('--save_patchcore_model', core_args)[0] == 0
+    home = tmp_path/'results'/'project'/'group'/'models'/'mvtec_tile'
+    assert only(home, '*') == ['model.json', 'model.safetensors', 'nnscorer_search_index.faiss', 'patchcore_params.pkl']
+    params = pickle.loads((home/'patchcore_params.pkl').read_bytes())
+    assert list(params) == ['backbone.name', 'layers_to_extract_from', 'input_shape', 'pretrain_embed_dimension', 'target_embed_dimension', 'patchsize', 'patchstride', 'anomaly_scorer_num_nn']
+    (home/"model.json").rename(home/"x")
+    ours = json.loads((home/'x').read_text())
+    assert ours['params']['resize'] == 64 and ours['params']['seed'] == 0 and set(ours['sha256']) == {'model.safetensors', 'nnscorer_search_index.faiss', 'patchcore_params.pkl'}
+    image = tmp_path/'data'/'tile'/'test'/'spot'/'000.png'
+    theirs = store.load(home, weights_dir=weights, device='cpu', resize=64).predict(image).image_scores
+    (home/'x').rename(home/'model.json')
+    assert torch.equal(theirs, store.load(home, weights_dir=weights, device='cpu').predict(image).image_scores)
+
+
+def test_what_the_reference_cannot_express(call, tmp_path):
+    _, lines, _ = call('--save_patchcore_model')
+    assert sum('our format alone' in o for o in lines) == 1
+    refused(call('--save_patchcore_model --model_format reference'), 2, 'cannot express', '--model_format ours')
+
+
+def test_without_masks_the_pixel_columns_are_empty(call, tmp_path):
+    path = make_miniature(tmp_path/'bare', masks=False)
+    assert call(path=path)[0] == 0
+    row = pd.read_csv(next((tmp_path/'results').rglob('results.csv'))).iloc[0]
+    assert 0 <= row['instance_auroc'] <= 1 and np.isnan(row['full_pixel_auroc']) and np.isnan(row['anomaly_pixel_auroc'])
+
+
+def test_resume(call, tmp_path, data, monkeypatch):
+    shutil.copytree(data/'tile', data/'second')
+    broken = data/'second'/'train'/'good'/'003.png'
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:2000])
+    both = f'{SMALL} -d tile -d second'
+    refused(call(dataset=both), 1, '003.png', 'cannot be read')
+    broken.write_bytes(whole)
+    code, _, out = call('--resume', dataset=both)
+    assert code == 0 and 'resumed:  1' in out
+    resumed = tmp_path/'results'/'project'/'group'/'results.csv'
+    assert call(dataset=both)[0] == 0
+    assert resumed.read_bytes() == (tmp_path/'results'/'project'/'group_0'/'results.csv').read_bytes()
+
+
+# Flags
+
+SEED_COMMAND = '''--gpu 0 --seed 0 --save_patchcore_model --log_group IM224_WR50_L2-3_P01_D1024-1024_PS-3_AN-1_S0 --log_project MVTecAD_Results results patch_core
+-b wideresnet50 -le layer2 -le layer3 --pretrain_embed_dimension 1024 --target_embed_dimension 1024 --anomaly_scorer_num_nn 1 --patchsize 3
+sampler -p 0.1 approx_greedy_coreset dataset --resize 256 --imagesize 224 -d cable mvtec'''.split()
+
+
+@pytest.mark.parametrize('path', ['DATA', 'F:/data/mvtec_anomaly_detection', r'F:\data\mvtec_anomaly_detection', '/data/mvtec anomaly'])
+def test_the_seed_command_parses_to_the_letter(call, path, monkeypatch, tmp_path):
+    "With a small stand-in for the download it gets as far as the data, which is not there."
+    import patchcore_nb.patchcore as pc
+    built = []
+    monkeypatch.setattr(pc, 'create_backbone', lambda name, *a, real=pc.create_backbone, **kw: built.append(name) or real('resnet18', 'random'))
+    refused(call(args=[*SEED_COMMAND, path]), 1, str(Path(path)), 'is not there')
+    assert built == ['wideresnet50'] and not (tmp_path/'results').exists()
+
+
+def test_any_order_of_the_parts(call, data):
+    words = ['--gpu', '-1', 'r', 'dataset', *f'{SMALL} -d tile mvtec'.split(), str(data), 'sampler', 'identity', 'patch_core', *CORE.split()]
+    assert call(args=words)[0] == 0
+
+
+PLAIN = []
+
+def plain_scores(tmp_path, call):
+    "Image scores without any further flag; worked out once, since every test has the same images."
+    if not PLAIN: PLAIN.append(scores(tmp_path, call)[1])
+    return PLAIN[0]
+
+
+def scores(tmp_path, call, **kw):
+    "The newest model and its image scores on the test images."
+    code, lines, _ = call('--save_patchcore_model --model_format ours', **kw)
+    assert code == 0, lines
+    newest = max((tmp_path/'results').rglob('model.json'), key=lambda p: p.stat().st_mtime_ns)
+    model = store.load(newest.parent, device='cpu')
+    return model, model.predict(sorted((tmp_path/'data'/'tile'/'test'/'spot').iterdir())).image_scores
+
+
+@pytest.mark.parametrize('flag, check', [
+    ('--anomaly_scorer_num_nn 3', lambda m: m.k == 3), ('--patchscore mean', None), ('--patchscore smoothed', None), ('--patchscore reweighted', None),
+    ('--patchoverlap 0', lambda m: m.stride == 3 and m.grid_ == (3, 3)), ('-pa 5', lambda m: m.more_patchsizes == [5]), ('--preprocessing conv', None), ('--aggregation mlp', None),
+    ('--patchsize 5', None), ('--pretrain_embed_dimension 48', None), ('--target_embed_dimension 32', lambda m: m.memory_bank_.shape[1] == 32)])
+def test_flags_of_patch_core_do_something(call, tmp_path, flag, check):
+    model, got = scores(tmp_path, call, core=f'{CORE} {flag}')
+    assert check is None or check(model)
+    assert not torch.allclose(got, plain_scores(tmp_path, call))
+
+
+@pytest.mark.parametrize('flag, check', [
+    ('--train_val_split 0.5', lambda m: m.n_images_ == 2), ('--resize 80', None), ('--imagesize 48', lambda m: m.grid_ == (6, 6))])
+def test_flags_of_dataset_do_something(call, tmp_path, flag, check):
+    args = f'{SMALL} -d tile {flag}'
+    model, got = scores(tmp_path, call, dataset=args)
+    assert check is None or check(model)
+    assert not torch.allclose(got, plain_scores(tmp_path, call))
+
+
+def test_augment(call, tmp_path): assert scores(tmp_path, call, dataset=f'{SMALL} -d tile --augment')[0].n_patches_ == 5*4*64
+
+
+@pytest.mark.parametrize('sampler, size', [('-p 1 approx_greedy_coreset', 256), ('-p 0.5 greedy_coreset', 128), ('-p 0.5 identity', 256), ('-p 0.0001 approx_greedy_coreset', 1), ('-p 0.25 random', 64)])
+def test_samplers(call, tmp_path, sampler, size): assert len(scores(tmp_path, call, sampler=sampler)[0].memory_bank_) == size
+
+
+def test_threads_and_devices_of_the_search(call, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, 'set_num_threads', lambda n, real=torch.set_num_threads: seen.append(n) or real(n))
+    assert call(core=f'{CORE} --faiss_num_workers 1')[0] == 0 and 1 in seen
+    if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+        _, lines, _ = call(core=f'{CORE} --faiss_on_gpu')
+        assert any('--faiss_on_gpu' in o for o in lines)
+
+
+def test_batches_and_workers_change_nothing(call, tmp_path):
+    base = plain_scores(tmp_path, call)
+    for flag in ('--batch_size 1 --num_workers 0', '--batch_size 7 --num_workers 3'):
+        assert torch.allclose(scores(tmp_path, call, dataset=f'{SMALL} -d tile {flag}')[1], base, rtol=1e-4)
+
+
+def test_threshold_from_held_out_images(call, tmp_path):
+    path = make_miniature(tmp_path/'more', n_train=40)
+    code, _, out = call('--save_patchcore_model', dataset=f'{SMALL} -d tile --train_val_split 0.5', path=path)
+    assert code == 0 and 'threshold' in out and 'false alarms' in out
+    values = json.loads(next((tmp_path/'results').rglob('model.json')).read_text())
+    assert values['learned']['threshold'] > 0 and values['learned']['n_images'] == 20
+
+
+# Bad input
+
+@pytest.mark.parametrize('kw, words', [
+    (dict(sampler='-p 0 identity'), ['(0, 1]']), (dict(sampler='-p 2 approx_greedy_coreset'), ['(0, 1]', 'got 2']), (dict(sampler='-p nan approx_greedy_coreset'), ['(0, 1]']),
+    (dict(sampler='-p x identity'), ['not a valid float']),
+    (dict(sampler='gredy_coreset'), ['unknown sampler', "'greedy_coreset'"]), (dict(name='mvtek'), ['unknown dataset', "'mvtec'"]),
+    (dict(core=CORE.replace('resnet18', 'resnet81')), ['unknown backbone', "'resnet18'"]), (dict(core=CORE.replace('layer3', 'layr3')), ['unknown layer', "'layer3'", 'layer1']),
+    (dict(core=CORE.replace('layer3', 'fc')), ['not a map']), (dict(core=CORE+' -le layer2'), ['twice']), (dict(core=CORE+' --patchscore maks'), ['unknown patchscore', "'max'"]),
+    (dict(core=CORE+' -b wideresnet50'), ['ensembles']), (dict(core=CORE+' --patchsize 0'), ['patchsize']),
+    (dict(core=CORE+' --patchoverlap 1'), ['patchoverlap']), (dict(core=CORE+' --anomaly_scorer_num_nn 0'), ['anomaly_scorer_num_nn']),
+    (dict(core=CORE+' --anomaly_scorer_num_nn 26'), ['memory bank of 25', '--anomaly_scorer_num_nn']),
+    (dict(dataset=f'{SMALL} -d tile --imagesize 65'), ['larger than resize']),
+    (dict(dataset=f'{SMALL} -d tile --train_val_split 0'), ['(0, 1]']), (dict(dataset=f'{SMALL} -d tile --train_val_split 0.01'), ['at least 1']),
+    (dict(dataset=f'{SMALL} -d tile --batch_size 0'), ['batch_size']), (dict(dataset=SMALL), ['subdatasets']), (dict(dataset=f'{SMALL} -d tile -d tile'), ['twice']),
+    (dict(args='--gpu -2 results patch_core -b resnet18 -le layer2 sampler identity dataset -d a mvtec b'.split()), ['index of a device']), (dict(group='--no_such_flag'), ['no_such_flag']), (dict(group='--model_format pickle'), ['pickle']),
+    (dict(args=['results']), []), (dict(args=['r', 'sampler', 'identity']), ['patch_core', 'missing']),
+    (dict(args=['r', 'patch_core_loader', '-p', 'x']), ['patch_core_loader', 'store.load']), (dict(args=['r', 'patch_cor']), ['patch_cor'])])
+def test_usage_errors(call, tmp_path, kw, words):
+    refused(call(**kw), 2, *words)
+    assert not (tmp_path/'results').exists()
+
+
+def spoil(f): return pytest.param(f, id=f.__name__)
+
+@spoil
+def missing_folder(data): return dict(path=data/'none'), ['none', 'is not there']
+@spoil
+def empty_folder(data):
+    (data/'empty').mkdir()
+    return dict(path=data/'empty'), ['no category', 'no folders']
+@spoil
+def folder_is_a_file(data): return dict(path=data/'tile'/'test'/'good'/'000.png'), ['is not there']
+@spoil
+def no_train_good(data):
+    shutil.rmtree(data/'tile'/'train')
+    return {}, ['train', 'is not there']
+@spoil
+def empty_train_good(data):
+    for p in (data/'tile'/'train'/'good').iterdir(): p.unlink()
+    return {}, ['holds no images']
+@spoil
+def no_test(data):
+    shutil.rmtree(data/'tile'/'test')
+    return {}, ['no test images']
+@spoil
+def wrong_category(data): return dict(dataset=f'{SMALL} -d tilt'), ["did you mean 'tile'"]
+@spoil
+def zero_bytes(data):
+    (data/'tile'/'train'/'good'/'001.png').write_bytes(b'')
+    return {}, ['001.png', '0 bytes', 'remove']
+@spoil
+def zero_bytes_in_test(data):
+    (data/'tile'/'test'/'good'/'001.png').write_bytes(b'')
+    return {}, ['001.png', '0 bytes']
+@spoil
+def not_an_image(data):
+    (data/'tile'/'train'/'good'/'001.png').write_text('hello')
+    return {}, ['001.png', 'not an image']
+@spoil
+def mask_of_another_size(data):
+    Image.new('L', (9, 9)).save(data/'tile'/'ground_truth'/'spot'/'000_mask.png')
+    return {}, ['000_mask.png', '9 x 9', '40 x 48']
+@spoil
+def no_weights(data): return dict(core=CORE.replace('--weights random', '')), ['resnet18.pth', '--weights_dir', 'PATCHCORE_NB_WEIGHTS', 'no route to host', 'filterbank']
+@spoil
+def weights_folder_missing(data): return dict(core=CORE.replace('--weights random', '--weights_dir nowhere')), ['nowhere', 'is not there']
+@spoil
+def weights_damaged(data):
+    (data/'w').mkdir()
+    (data/'w'/'resnet18.pth').write_bytes(b'x'*100)
+    return dict(core=CORE.replace('--weights random', f"--weights_dir {data/'w'}")), ['resnet18.pth', 'cannot be read']
+
+
+@pytest.mark.parametrize('case', [missing_folder, empty_folder, folder_is_a_file, no_train_good, empty_train_good, no_test, wrong_category, zero_bytes, zero_bytes_in_test,
+                                  not_an_image, mask_of_another_size, no_weights, weights_folder_missing, weights_damaged])
+def test_data_errors(call, tmp_path, data, case, monkeypatch):
+    def offline(library, name, pretrained, real=extractor._build):
+        if pretrained: raise OSError('no route to host')
+        return real(library, name, pretrained)
+    monkeypatch.setattr(extractor, '_build', offline)
+    kw, words = case(data)
+    refused(call(**kw), 1, *words)
+    assert not (tmp_path/'results').exists()
+
+
+def test_results_that_cannot_be_written(call, tmp_path):
+    (tmp_path/'results').write_text('a file in the way')
+    refused(call(), 1, 'results', 'cannot be written')
+    (tmp_path/'results').unlink()
+    (tmp_path/'results').mkdir()
+    (tmp_path/'results'/'project').write_text('')
+    refused(call(), 1, 'cannot be written')
+
+
+@pytest.mark.skipif(os.name == 'nt' or os.geteuid() == 0, reason='needs a folder that this user may not write to')
+def test_results_without_permission(call, tmp_path):
+    (tmp_path/'results').mkdir(mode=0o500)
+    refused(call(), 1, 'ermission')
+
+
+@pytest.mark.parametrize('what', ['model.safetensors', 'results.csv', 'spot_000.png'])
+def test_a_full_disk_leaves_nothing_half_written(call, tmp_path, monkeypatch, what):
+    "The disk fills up while one kind of file is synced."
+    import errno
+    def full(path, real=core._sync):
+        if what in path.name: raise OSError(errno.ENOSPC, 'No space left on device')
+        real(path)
+    monkeypatch.setattr(core, '_sync', full)
+    refused(call('--save_patchcore_model --save_segmentation_images'), 1, 'No space left', 'free some space')
+    assert not only(tmp_path/'results', f'*{what}*') and not only(tmp_path/'results', '*.tmp*')
+
+
+def test_debug_shows_the_traceback(call, monkeypatch):
+    monkeypatch.setenv('PATCHCORE_NB_DEBUG', '1')
+    with pytest.raises(core.ArgumentError): main('r patch_core -b resnet18 -le layer2 sampler -p 2 identity dataset -d a mvtec b'.split())
+
+
+def test_the_installed_program(tmp_path):
+    program = Path(sys.executable).with_name('patchcore_nb_run'+('.exe' if os.name == 'nt' else ''))
+    done = subprocess.run([program, '--help'], capture_output=True, text=True, encoding='utf-8')
+    assert done.returncode == 0
+    for flag in ('--gpu', '--backbone_names', '-le', '--percentage', '--subdatasets', '--train_val_split', '--faiss_num_workers', '--model_format', '--weights_dir', '--patchsize_aggregate'):
+        assert flag in done.stdout
+    done = subprocess.run([program, *'r patch_core -b resnet18 -le layer2 sampler -p 0 identity dataset -d a mvtec b'.split()], capture_output=True, text=True, encoding='utf-8')
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1

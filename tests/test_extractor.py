@@ -1,0 +1,152 @@
+"Weights files as people have them, and backbones of both libraries; nothing is downloaded."
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from patchcore_nb import extractor
+from patchcore_nb.core import ArgumentError, DataError
+from patchcore_nb.extractor import Extractor, create_backbone, find_weights, map_shapes, read_weights
+from patchcore_nb.patchcore import PatchCore
+
+# name, layers, and (channels, cells) of their maps at 64 pixels
+BACKBONES = {'resnet18': {'layer2': (128, 8), 'layer3': (256, 4)}, 'wideresnet50': {'layer2': (512, 8), 'layer3': (1024, 4)}, 'wide_resnet50_2': {'layer1.2': (256, 16)},
+             'densenet121': {'features.denseblock2': (512, 8)}, 'efficientnet_b0': {'features.3': (40, 8), 'features.5': (112, 4)}, 'convnext_tiny': {'features.3': (192, 8)},
+             'vgg11': {'features.10': (256, 16)}, 'mobilenet_v3_small': {'features.3': (24, 8)}, 'googlenet': {'inception3a': (256, 8)},
+             'resnetv2_50': {'stages.1': (512, 8)}, 'convnext_atto': {'stages.1': (80, 8), 'stages.2': (160, 4)}, 'tf_efficientnet_b0': {'blocks.2': (40, 8)}, 'regnety_002': {'s2': (56, 8)},
+             'filterbank': {'layer2': None, 'layer3': None}}
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    "A test that would download fails."
+    build = extractor._build
+    def local(library, name, pretrained):
+        assert not pretrained, f'{name} would be downloaded'
+        return build(library, name, pretrained)
+    monkeypatch.setattr(extractor, '_build', local)
+    monkeypatch.delenv('PATCHCORE_NB_WEIGHTS', raising=False)
+
+@pytest.fixture(scope='module')
+def state(): return create_backbone('resnet18', 'random', seed=3).state_dict()
+
+
+@pytest.mark.parametrize('name', BACKBONES)
+def test_backbones_give_maps(name):
+    want, before = BACKBONES[name], torch.get_rng_state()
+    backbone = create_backbone(name, 'random')
+    got = map_shapes(Extractor(backbone, list(want)), 64)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not backbone.training and not any(p.requires_grad for p in backbone.parameters())
+    assert list(got) == list(want)
+    if name == 'filterbank': assert [s[1:] for s in got.values()] == [(8, 8), (4, 4)]
+    else: assert got == {k: (c, n, n) for k, (c, n) in want.items()}
+
+def test_extractor_matches_the_network_run_whole():
+    backbone, x, seen = create_backbone('resnet18', 'random'), torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)), {}
+    hooks = [m.register_forward_hook(lambda m, args, out, name=name: seen.update({name: out})) for name, m in backbone.named_children()]
+    with torch.no_grad(): backbone(x)
+    for o in hooks: o.remove()
+    for layers in (['layer2', 'layer3'], ['layer3', 'layer1'], ['layer4']):
+        got = Extractor(backbone, layers)(x)
+        assert list(got) == layers and all(torch.equal(got[o], seen[o]) for o in layers)
+    assert not any(m._forward_hooks for m in backbone.modules())
+
+@pytest.mark.parametrize('layers, says', [(['layr2'], "did you mean 'layer"), ([], 'at least one'), (['layer2', 'layer2'], 'twice'), (['layer2', ''], 'unknown layer'), (['layer2', 'conv9'], 'layer3')])
+def test_unknown_layers(layers, says):
+    with pytest.raises(ArgumentError) as e: Extractor(create_backbone('resnet18', 'random'), layers)
+    assert says in str(e.value) and len(str(e.value).splitlines()) == 1
+
+@pytest.mark.parametrize('name, layer', [('resnet18', 'fc'), ('vit_b_32', 'encoder.ln'), ('googlenet', 'aux1')])
+def test_layers_that_are_no_maps(name, layer):
+    with pytest.raises(ArgumentError, match='not a map|takes no part|unknown layer'): map_shapes(Extractor(create_backbone(name, 'random'), [layer]), 224)
+
+def test_images_too_small_for_the_backbone():
+    with pytest.raises(ArgumentError, match='another --imagesize'): PatchCore('densenet121', ['features.denseblock4'], weights='random', resize=8, imagesize=8, ratio=1).fit(torch.zeros(1, 3, 8, 8))
+
+@pytest.mark.parametrize('name, near', [('resnet-18', 'resnet18'), ('wideresnet', 'wideresnet50'), ('filterbnk', 'filterbank'), ('resnetv2_50x', 'resnetv2_50')])
+def test_unknown_backbones(name, near):
+    with pytest.raises(ArgumentError) as e: create_backbone(name, 'random')
+    assert near in str(e.value) and len(str(e.value).splitlines()) == 1
+
+
+def wrapped(state, how):
+    return {'plain': state, 'state_dict': {'state_dict': state, 'epoch': 3}, 'model': {'model': state}, 'module.': {f'module.{k}': v for k, v in state.items()},
+            'both': {'state_dict': {f'module.{k}': v for k, v in state.items()}}, 'no head': {k: v for k, v in state.items() if not k.startswith('fc.')},
+            'other head': state | {'fc.weight': torch.zeros(7, 512), 'fc.bias': torch.zeros(7)}, 'more': state | {'ema.decay': torch.zeros(1)}, 'half': {k: v.half() if v.is_floating_point() else v for k, v in state.items()},
+            'no counters': {k: v for k, v in state.items() if not k.endswith('num_batches_tracked')}}[how]
+
+@pytest.mark.parametrize('ending', ['.pth', '.pt', '.safetensors'])
+@pytest.mark.parametrize('how', ['plain', 'state_dict', 'model', 'module.', 'both', 'no head', 'other head', 'more', 'half', 'no counters'])
+def test_weights_files(tmp_path, state, how, ending):
+    content = wrapped(state, how)
+    if ending == '.safetensors' and any(isinstance(o, dict) for o in content.values()): pytest.skip('safetensors cannot nest')
+    (save_file if ending == '.safetensors' else torch.save)(content, tmp_path/f'resnet18{ending}')
+    got = create_backbone('resnet18', weights_dir=tmp_path).state_dict()
+    for k, v in state.items():
+        if not k.startswith('fc.'): assert torch.allclose(got[k].float(), v.float(), atol=2e-3 if how == 'half' else 0), k
+
+def test_the_environment_names_the_folder(tmp_path, state, monkeypatch):
+    torch.save(state, tmp_path/'resnet18.pth')
+    monkeypatch.setenv('PATCHCORE_NB_WEIGHTS', str(tmp_path))
+    assert torch.equal(create_backbone('resnet18').conv1.weight, state['conv1.weight'])
+    assert find_weights(['none'], None) is None
+
+def test_either_name_and_safetensors_first(tmp_path):
+    for name in ('wide_resnet50_2.pth', 'wide_resnet50_2.safetensors', 'wideresnet50.pt'): (tmp_path/name).write_bytes(b'x')
+    assert find_weights(['wideresnet50', 'wide_resnet50_2'], tmp_path).name == 'wideresnet50.pt'
+    assert find_weights(['wide_resnet50_2'], tmp_path).name == 'wide_resnet50_2.safetensors'
+
+class Evil:
+    def __init__(self, marker): self.marker = marker
+    def __reduce__(self): return os.mkdir, (str(self.marker),)
+
+@pytest.mark.parametrize('how', ['torch', 'pickle', 'inside'])
+def test_weights_that_would_run_code(tmp_path, state, how):
+    path, evil = tmp_path/'resnet18.pth', Evil(tmp_path/'ran')
+    if how == 'pickle': path.write_bytes(pickle.dumps(evil))
+    else: torch.save(state | {'fc.bias': evil} if how == 'inside' else evil, path)
+    with pytest.raises(DataError) as e: create_backbone('resnet18', weights_dir=tmp_path)
+    assert 'resnet18.pth' in str(e.value) and len(str(e.value).splitlines()) == 1
+    assert not (tmp_path/'ran').exists()
+
+@pytest.mark.parametrize('content', [b'', b'text', b'\x80\x04.', b'PK\x03\x04', b'\xff'*99, [1], {}, {'a': 1}, 5, torch.zeros(3), {'state_dict': 5}, {3: torch.zeros(1)}], ids=lambda o: str(o)[:16])
+@pytest.mark.parametrize('ending', ['.pth', '.safetensors'])
+def test_weights_that_are_none(tmp_path, content, ending):
+    path = tmp_path/f'resnet18{ending}'
+    if isinstance(content, bytes): path.write_bytes(content)
+    elif ending == '.safetensors': pytest.skip('safetensors holds tensors only')
+    else: torch.save(content, path)
+    with pytest.raises(DataError) as e: create_backbone('resnet18', weights_dir=tmp_path)
+    assert path.name in str(e.value) and len(str(e.value).splitlines()) == 1
+
+@pytest.mark.parametrize('change', [lambda s: {k: v for k, v in s.items() if k != 'layer1.0.conv1.weight'}, lambda s: s | {'conv1.weight': torch.zeros(64, 1, 7, 7)}, lambda s: {f'net.{k}': v for k, v in s.items()}], ids=['missing', 'of another shape', 'of another name'])
+def test_weights_of_another_network(tmp_path, state, change):
+    torch.save(change(state), tmp_path/'resnet18.pth')
+    with pytest.raises(DataError, match='do not fit the network'): create_backbone('resnet18', weights_dir=tmp_path)
+
+def test_cut_off_weights(tmp_path, state):
+    for ending, write in (('.pth', torch.save), ('.safetensors', save_file)):
+        path = tmp_path/f'w{ending}'
+        write(state, path)
+        raw = path.read_bytes()
+        for n in (1, 9, 100, len(raw)//2, len(raw)-1):
+            path.write_bytes(raw[:n])
+            with pytest.raises(DataError, match='cannot be read'): read_weights(path)
+
+def test_no_weights_to_be_had(tmp_path, monkeypatch):
+    "What was tried, what to supply and where, and the way without."
+    def no_network(*args, pretrained): raise OSError('<urlopen error [Errno 111] Connection refused>\nin two lines')
+    monkeypatch.setattr(extractor, '_build', no_network)
+    with pytest.raises(DataError) as e: create_backbone('wideresnet50', weights_dir=tmp_path)
+    for part in ('wideresnet50.safetensors, .pth or .pt', 'Connection refused', '--weights_dir', 'PATCHCORE_NB_WEIGHTS', 'filterbank'): assert part in str(e.value)
+    assert len(str(e.value).splitlines()) == 1
+    with pytest.raises(DataError, match='weights folder .* is not there'): create_backbone('resnet18', weights_dir=tmp_path/'none')
+
+def test_random_weights_go_by_their_seed(state):
+    def first(name, seed): return create_backbone(name, 'random', seed=seed).conv1.weight
+    assert torch.equal(first('resnet18', 3), state['conv1.weight']) and torch.equal(first('resnet18.seed-3', 8), state['conv1.weight'])
+    assert not torch.equal(first('resnet18', 4), state['conv1.weight'])
+    with pytest.raises(ArgumentError, match='unknown weights'): create_backbone('resnet18', 'pretraind')

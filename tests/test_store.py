@@ -1,0 +1,454 @@
+"Models on disk: what comes back is what was saved, half a model is never there, and files from elsewhere cannot harm."
+import copyreg
+import errno
+import hashlib
+import json
+import os
+import pickle
+import pickletools
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from patchcore_nb import extractor, store
+from patchcore_nb.core import ArgumentError, DataError
+from patchcore_nb.extractor import create_backbone
+from patchcore_nb.patchcore import PatchCore
+from patchcore_nb.store import HEADER, INDEX, PARAMS, TENSORS, VALUES, load, read_faiss_flat, read_reference_params, save, write_faiss_flat
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), np.uint8)
+SMALL = dict(resize=64, imagesize=64, pretrain_dim=64, target_dim=64, ratio=.1)
+PLAIN = {'backbone.name': 'resnet18', 'layers_to_extract_from': ['layer2', 'layer3'], 'input_shape': (3, 56, 56), 'pretrain_embed_dimension': 64,
+         'target_embed_dimension': 64, 'patchsize': 3, 'patchstride': 1, 'anomaly_scorer_num_nn': 1}
+quiet = pytest.mark.filterwarnings("ignore:the reference's files cannot express")
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory)->Path: # a folder with resnet18.pth
+    "Weights that pass for pretrained ones."
+    folder = tmp_path_factory.mktemp('weights')
+    torch.save(create_backbone('resnet18', 'random', seed=7).state_dict(), folder/'resnet18.pth')
+    return folder
+
+@pytest.fixture(scope='module')
+def model(weights): return PatchCore('resnet18', weights_dir=weights, **SMALL | dict(resize=64, imagesize=56)).fit(IMAGES)
+
+@pytest.fixture(scope='module')
+def other(): return PatchCore('filterbank', **SMALL).fit(IMAGES[:2])
+
+@pytest.fixture
+def saved(model, tmp_path): return save(model, tmp_path/'model')
+
+def scores(model): return model.predict(IMAGES[3:]).image_scores
+
+def refused(f, *args, says=''):
+    "A DataError of one line."
+    with pytest.raises(DataError) as e: f(*args)
+    assert len(str(e.value).splitlines()) == 1 and says in str(e.value)
+
+def contents(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob('*') if p.is_file()}
+
+
+@pytest.mark.parametrize('more', [{}, dict(k=3), dict(patch_score='reweighted'), dict(patch_score='smoothed', stride=2), dict(more_patchsizes=(1, 5)), dict(sampler='identity', ratio=1),
+                                  dict(preprocessing='conv', aggregation='mlp'), dict(train_val_split=.5, false_alarms=.4), dict(augment=True, sampler='random'), dict(backbone='resnet18.seed-5', weights='random')], ids=str)
+@quiet
+def test_there_and_back(tmp_path, more):
+    "Every parameter, every figure, every bit of every score."
+    first = PatchCore(**dict(backbone='filterbank', seed=3) | SMALL | more).fit(IMAGES[:4])
+    second = load(save(first, tmp_path/'model'))
+    assert {k: list(v) if isinstance(v, tuple) else v for k, v in first.get_params().items()} == {k: list(v) if isinstance(v, tuple) else v for k, v in second.get_params().items()}
+    a, b = first.predict(IMAGES), second.predict(IMAGES)
+    for name in ('image_scores', 'anomaly_maps', 'patch_scores', 'nn_idxs'): assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert a.threshold == b.threshold and (first.threshold_ is None) == ('train_val_split' not in more)
+    for name in ('memory_bank_', 'origin_', 'idxs_'): assert torch.equal(getattr(first, name), getattr(second, name)), name
+    assert (first.n_images_, first.n_patches_, first.sizes_, first.radii_) == (second.n_images_, second.n_patches_, second.sizes_, second.radii_)
+    assert repr(first) == repr(second)
+
+@pytest.mark.parametrize('model_format, files', [('both', {TENSORS, VALUES, PARAMS, INDEX}), ('ours', {TENSORS, VALUES}), ('reference', {PARAMS, INDEX})])
+def test_formats(model, weights, tmp_path, model_format, files):
+    folder = save(model, tmp_path/'deep'/'er', model_format)
+    assert {p.name for p in folder.iterdir()} == files
+    assert torch.equal(scores(load(folder, weights_dir=weights, **dict(resize=64) if model_format == 'reference' else {})), scores(model))
+
+def test_reference_cannot_express_it(other, tmp_path):
+    with pytest.raises(ArgumentError, match='--model_format ours'): save(other, tmp_path/'m', 'reference')
+    assert not list(tmp_path.iterdir())
+    with pytest.warns(UserWarning, match='filterbank.*our format alone'): save(other, tmp_path/'m')
+    assert {p.name for p in (tmp_path/'m').iterdir()} == {TENSORS, VALUES}
+
+def test_digests(saved):
+    noted = json.loads((saved/VALUES).read_text(encoding='utf-8'))['sha256']
+    assert noted == {o: hashlib.sha256((saved/o).read_bytes()).hexdigest() for o in (TENSORS, PARAMS, INDEX)}
+
+@pytest.mark.parametrize('name', [TENSORS, PARAMS, INDEX])
+@pytest.mark.parametrize('where', [0, .5, 1])
+def test_a_flipped_bit_is_found(saved, weights, name, where):
+    raw = bytearray((saved/name).read_bytes())
+    raw[int(where*(len(raw)-1))] ^= 4
+    (saved/name).write_bytes(raw)
+    with pytest.raises(DataError, match=f'{name} is not the file that was saved'): load(saved, weights_dir=weights)
+
+def test_other_weights_are_noticed(saved, tmp_path):
+    torch.save(create_backbone('resnet18', 'random', seed=8).state_dict(), tmp_path/'resnet18.pth')
+    with pytest.warns(UserWarning, match='not those that this model was fitted with'): load(saved, weights_dir=tmp_path)
+
+@pytest.mark.parametrize('model_format', ['ours', 'reference'])
+def test_missing_weights_are_named(model, tmp_path, monkeypatch, model_format):
+    "As on another machine, without a network."
+    def no_network(*args, pretrained): raise OSError('no route to host\nat all')
+    monkeypatch.setattr(extractor, '_build', no_network)
+    monkeypatch.delenv('PATCHCORE_NB_WEIGHTS', raising=False)
+    folder = save(model, tmp_path/'m', model_format)
+    refused(lambda: load(folder), says='resnet18.safetensors, .pth or .pt')
+    (tmp_path/'empty').mkdir()
+    refused(lambda: load(folder, weights_dir=tmp_path/'empty'), says='put resnet18.pth into')
+
+
+def full(*args, **kw): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def stopped(*args, **kw): raise KeyboardInterrupt
+
+def rename_fails(path, target, rename=Path.rename):
+    "Only the last step fails: the new model into its place."
+    if '.tmp-' in path.name: full()
+    return rename(path, target)
+
+BREAKS = {'fsync': (os, 'fsync', full), 'tensors': (store, 'save_tensors', full), 'index': (store, 'write_faiss_flat', full), 'bytes': (Path, 'write_bytes', full), 'text': (Path, 'write_text', full),
+          'rename': (Path, 'rename', rename_fails), 'stopped early': (store, 'write_faiss_flat', stopped), 'stopped late': (os, 'fsync', stopped)}
+
+@pytest.mark.parametrize('how', BREAKS)
+@pytest.mark.parametrize('older', [True, False])
+def test_all_or_nothing(model, other, tmp_path, monkeypatch, how, older):
+    "Whatever fails, the older model stays as it was, nothing else is left, and the next try succeeds."
+    if older: save(other, tmp_path/'m', 'ours')
+    before = contents(tmp_path)
+    with monkeypatch.context() as m:
+        m.setattr(*BREAKS[how])
+        with pytest.raises(KeyboardInterrupt if 'stopped' in how else DataError) as e: save(model, tmp_path/'m')
+    if 'stopped' not in how: assert str(e.value) == f'{tmp_path/"m"} cannot be written ({os.strerror(errno.ENOSPC)}): free some space or choose another folder'
+    assert contents(tmp_path) == before and {p.name for p in tmp_path.iterdir()} == ({'m'} if older else set())
+    save(model, tmp_path/'m')
+    assert {p.name for p in tmp_path.iterdir()} == {'m'} and {p.name for p in (tmp_path/'m').iterdir()} == {TENSORS, VALUES, PARAMS, INDEX}
+
+REFIT = '''
+import os, sys, numpy as np
+from patchcore_nb.store import load, save
+model = load(sys.argv[1], weights_dir=sys.argv[2])
+print(*[float(s).hex() for s in model.predict(np.load(sys.argv[3])).image_scores], flush=True)
+{}
+try: save(model, sys.argv[1])
+except Exception as e: print(type(e).__name__, e); sys.exit(1)
+'''
+
+def refit(saved, model, weights, code):
+    "In another process, which must find the same scores to the last bit: load the model, and save it again under a difficulty."
+    np.save(saved.parent/'images.npy', IMAGES[3:])
+    before = contents(saved.parent)
+    out = subprocess.run([sys.executable, '-c', REFIT.format(code), str(saved), str(weights), str(saved.parent/'images.npy')], capture_output=True, text=True, timeout=120)
+    first, *rest = out.stdout.splitlines() or [out.stderr]
+    assert first.split() == [float(s).hex() for s in scores(model)]
+    return out.returncode, rest, before
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='Windows has no limit on the size of files to try this with')
+def test_a_file_that_cannot_grow(saved, model, weights):
+    "The operating system itself refuses to write any further."
+    status, said, before = refit(saved, model, weights, f'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({(saved/TENSORS).stat().st_size-100},)*2)')
+    assert status == 1 and len(said) == 1 and said[0].startswith(f'DataError {saved} cannot be written')
+    assert contents(saved.parent) == before
+
+def test_killed_while_saving(saved, model, weights):
+    "The older model is as it was, and a later save succeeds."
+    status, said, before = refit(saved, model, weights, 'os.fsync = lambda f: os._exit(9)')
+    assert status == 9 and not said and before.items() <= contents(saved.parent).items()
+    assert contents(save(model, saved)) == {k.removeprefix('model'+os.sep): v for k, v in before.items() if k != 'images.npy'}
+
+def test_a_file_in_the_way(model, tmp_path):
+    (tmp_path/'m').write_text('mine', encoding='utf-8')
+    for folder in (tmp_path/'m', tmp_path/'m'/'n'): refused(save, model, folder, says='cannot be written')
+    assert contents(tmp_path) == {'m': b'mine'}
+
+def test_a_folder_of_other_things_is_not_replaced(model, tmp_path):
+    (tmp_path/'home/photos').mkdir(parents=True)
+    (tmp_path/'home/photos/1.jpg').write_bytes(b'dear to me')
+    before = contents(tmp_path)
+    refused(save, model, tmp_path/'home', says='home')
+    assert contents(tmp_path) == before
+
+def test_what_was_never_fitted_is_not_saved(tmp_path):
+    with pytest.raises(ArgumentError, match='call fit'): save(PatchCore('filterbank'), tmp_path/'m')
+    assert not list(tmp_path.iterdir())
+
+
+def test_our_pickle_is_the_references(saved, weights):
+    "Read by Python's own unpickler: the eight keys, in their types, and no instruction that reaches code."
+    raw = (saved/PARAMS).read_bytes()
+    assert pickle.loads(raw) == PLAIN and list(pickle.loads(raw)) == list(PLAIN)
+    assert [type(o) for o in pickle.loads(raw).values()] == [type(o) for o in PLAIN.values()]
+    assert not {op.name for op, *_ in pickletools.genops(raw)} & {'GLOBAL', 'STACK_GLOBAL', 'INST', 'REDUCE', 'BUILD', 'OBJ', 'NEWOBJ', 'EXT1'}
+
+def read(raw, folder):
+    (folder/'p.pkl').write_bytes(raw)
+    return read_reference_params(folder/'p.pkl')
+
+@pytest.mark.parametrize('protocol', range(pickle.HIGHEST_PROTOCOL+1))
+@pytest.mark.parametrize('kind', [list, tuple])
+def test_plain_pickles_are_read(tmp_path, protocol, kind):
+    d = PLAIN | {'layers_to_extract_from': kind(PLAIN['layers_to_extract_from']), 'input_shape': kind((3, 224, 224)), 'anomaly_scorer_num_nn': 60000}
+    assert read(pickle.dumps(d, protocol), tmp_path) == d | {'layers_to_extract_from': ['layer2', 'layer3'], 'input_shape': [3, 224, 224]}
+
+def attacks(code):
+    "Pickles that would run `code`, one for each way by which an unpickler comes by a callable and calls it."
+    text, exec_ = b'X'+struct.pack('<I', len(code))+code.encode(), b'cbuiltins\nexec\n'
+    stack = b'\x8c\x08builtins\x8c\x04exec\x93'
+    return {'GLOBAL REDUCE': exec_+text+b'\x85R.', 'STACK_GLOBAL REDUCE': b'\x80\x04'+stack+text+b'\x85R.', 'INST': b'('+text+b'ibuiltins\nexec\n.', 'OBJ': b'('+exec_+text+b'o.',
+            'NEWOBJ': b'\x80\x02'+exec_+text+b'\x85\x81.', 'NEWOBJ_EX': b'\x80\x04'+exec_+text+b'\x85}\x92.', 'BUILD': b'\x80\x02'+exec_+b'}X\x01\0\0\0a'+text+b'sb.',
+            'EXT1': b'\x80\x02\x82\xf0'+text+b'\x85R.', 'EXT2': b'\x80\x02\x83\xf0\x00'+text+b'\x85R.', 'EXT4': b'\x80\x02\x84\xf0\x00\x00\x00'+text+b'\x85R.',
+            'PERSID': b'P1\n.', 'BINPERSID': b'\x80\x01K\x01Q.', 'a dotted name': b'\x80\x04\x8c\x02os\x8c\x0bpath.os.nul\x93.',
+            'inside the dict': pickle.dumps(PLAIN, 4)[:-2]+b'\x8c\x09patchsize'+stack+text+b'\x85Rsu.'}
+
+@pytest.mark.parametrize('way', attacks(''))
+def test_pickles_that_would_run_code(tmp_path, way):
+    "Refused without running; even a callable that the program itself has registered as an extension is not called."
+    marker = tmp_path/'ran'
+    raw = attacks(f'open({str(marker)!r}, "w").close()')[way]
+    copyreg.add_extension('builtins', 'exec', 0xf0)
+    try:
+        copyreg._extension_cache[0xf0] = exec
+        refused(read, raw, tmp_path, says='is refused')
+    finally: copyreg.remove_extension('builtins', 'exec', 0xf0)
+    assert not marker.exists()
+
+def test_the_attacks_are_real(tmp_path):
+    "With Python's own unpickler most of them do run, so the test above can fail."
+    ran = set()
+    copyreg.add_extension('builtins', 'exec', 0xf0)
+    for way, raw in attacks(f'open({str(tmp_path/"ran")!r}, "w").close()').items():
+        try: pickle.loads(raw)
+        except Exception: pass
+        if (tmp_path/'ran').exists(): ran.add(way); (tmp_path/'ran').unlink()
+    copyreg.remove_extension('builtins', 'exec', 0xf0)
+    assert {'GLOBAL REDUCE', 'STACK_GLOBAL REDUCE', 'INST', 'OBJ', 'EXT1', 'EXT2', 'EXT4', 'inside the dict'} <= ran
+
+@pytest.mark.parametrize('change', [
+    {'patchsize': True}, {'patchsize': 3.}, {'patchsize': 0}, {'patchsize': -3}, {'patchsize': None}, {'patchsize': '3'}, {'patchsize': [3]}, {'patchsize': 10**9}, {'patchsize': 10**300},
+    {'pretrain_embed_dimension': 2**40}, {'target_embed_dimension': 2**40}, {'patchstride': 0}, {'anomaly_scorer_num_nn': 0}, {'input_shape': (3, 10**9, 10**9)}, {'input_shape': (3, -1, -1)},
+    {'input_shape': ()}, {'input_shape': {3, 224}}, {'input_shape': 'abc'}, {'input_shape': (3, 224., 224.)}, {'input_shape': (3, (224,), 224)}, {'layers_to_extract_from': []}, {'layers_to_extract_from': 'layer2'},
+    {'layers_to_extract_from': [b'layer2']}, {'layers_to_extract_from': ['layer2', 3]}, {'layers_to_extract_from': ['x']*2000}, {'backbone.name': b'resnet18'}, {'backbone.name': ['resnet18']},
+    {'backbone.name': 'x'*70000}, {'extra': 1}, {1: 1}, {'patchsize': bytearray(3)}, {'patchsize': 3j}], ids=lambda c: str(c)[:40])
+def test_pickles_of_odd_values(tmp_path, change): refused(read, pickle.dumps(PLAIN | change), tmp_path, says='is refused')
+
+@pytest.mark.parametrize('what', [*PLAIN, [], None, 'abc', [PLAIN], list(PLAIN.items()), {}], ids=lambda o: str(o)[:30])
+def test_pickles_of_other_things(tmp_path, what):
+    d = {k: v for k, v in PLAIN.items() if k != what} if what in [*PLAIN] else what
+    refused(read, pickle.dumps(d), tmp_path, says='is refused')
+
+@pytest.mark.parametrize('raw', [
+    b'', b'.', b'\x80\x04.', b'\x80\xff}.', b'N'*1000, b'N.', b'}'+b'K\x01'*3+b's.', b'(((((.', b'\x80\x04}\x94(h\x00h\x00u.', b'}\x94h\x07.', b'I'+b'9'*60000+b'\n.', b'L'+b'9'*5000+b'L\n.',
+    b'\x80\x05\x96'+struct.pack('<Q', 2**50)+b'ab.', b'\x80\x05\x8d'+struct.pack('<Q', 2**60)+b'ab.', b'\x80\x04\x95'+struct.pack('<Q', 2**60)+b'ab.', b'\x80\x02\x8b'+struct.pack('<I', 2**30)+b'ab.',
+    b'Nr'+struct.pack('<I', 2**22)+b'.', b'Np4194304\n.', b'\x80\x05]\x97.', b'\x80\x05\x98.', b'\xff'*50, b'X\xff\xff\xff\xffabc.', b'T\xff\xff\xff\x7fabc.', b"S'abc\n.", b'V\\ud800\n.', b'0'*100+b'.', b'e.', b'\x90.'], ids=lambda r: repr(r[:14]))
+def test_pickles_that_are_broken_or_greedy(tmp_path, raw):
+    "A claim of any size costs nothing."
+    tracemalloc.start()
+    try:
+        refused(read, raw, tmp_path, says='is refused')
+        assert tracemalloc.get_traced_memory()[1] < 4e6
+    finally: tracemalloc.stop()
+
+def test_pickles_nested_deep(tmp_path):
+    "Read in a thread with the small stack that macOS gives it: nothing recurses until the process dies."
+    nests = {'tuple as key': b'\x80\x02})'+b'\x85'*64000+b'K\x01s.', 'tuple as value': b'\x80\x02}U\x09patchsize)'+b'\x85'*64000+b's.', 'lists': b'\x80\x02'+b']'*32000+b'a'*31999+b'.', 'marks': b'('*64000+b't'*64000+b'.'}
+    for name, raw in nests.items(): (tmp_path/f'{name}.pkl').write_bytes(raw)
+    code = '''
+import sys, threading
+from pathlib import Path
+from patchcore_nb.core import DataError
+from patchcore_nb.store import read_reference_params
+def go():
+    for p in Path(sys.argv[1]).glob('*.pkl'):
+        try: read_reference_params(p)
+        except DataError: print('refused')
+threading.stack_size(512*1024)
+t = threading.Thread(target=go); t.start(); t.join()
+'''
+    out = subprocess.run([sys.executable, '-c', code, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert (out.returncode, out.stdout.split()) == (0, ['refused']*len(nests)), out.stderr[-300:]
+
+@pytest.mark.parametrize('protocol', [0, 2, 4])
+def test_damaged_pickles(tmp_path, protocol):
+    "Cut off anywhere, or with bytes changed: refused, or still eight plain values."
+    raw, rng = pickle.dumps(PLAIN, protocol), random.Random(0)
+    for n in range(len(raw)): refused(read, raw[:n], tmp_path)
+    for _ in range(1500):
+        spoiled = bytearray(raw)
+        for _ in range(rng.choice([1, 1, 2, 5])): spoiled[rng.randrange(len(raw))] = rng.randrange(256)
+        try: got = read(spoiled, tmp_path)
+        except DataError as e: assert len(str(e).splitlines()) == 1
+        else: assert list(got) == list(PLAIN) and [type(o) for o in got.values()] == [str, list, list, int, int, int, int, int]
+
+
+BANK = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
+
+@pytest.fixture(scope='module')
+def faiss(): return pytest.importorskip('faiss')
+
+def test_faiss_reads_what_we_write(faiss, tmp_path):
+    write_faiss_flat(tmp_path/'ours', BANK)
+    index = faiss.read_index(str(tmp_path/'ours'))
+    assert type(index).__name__ == 'IndexFlatL2' and (index.ntotal, index.d, index.is_trained) == (200, 16, True)
+    assert np.array_equal(index.reconstruct_n(0, 200), BANK.numpy())
+    dists, rows = index.search(BANK[:20].numpy()+.1, 3)
+    want, nearest = torch.cdist((BANK[:20]+.1).double(), BANK.double()).square().topk(3, largest=False)
+    assert np.array_equal(rows, nearest) and np.allclose(dists, want, rtol=1e-4)
+
+def test_we_read_what_faiss_writes(faiss, tmp_path):
+    index = faiss.IndexFlatL2(16)
+    index.add(BANK.numpy())
+    faiss.write_index(index, str(tmp_path/'theirs'))
+    assert torch.equal(read_faiss_flat(tmp_path/'theirs'), BANK)
+    write_faiss_flat(tmp_path/'ours', BANK)
+    assert (tmp_path/'ours').read_bytes() == (tmp_path/'theirs').read_bytes()
+
+@pytest.mark.parametrize('kind', ['IVF4,Flat', 'PQ4x4', 'HNSW8', 'SQ8', 'IDMap,Flat', 'PCA8,Flat', 'LSH', 'Flat inner product', 'Flat empty', 'Flat L1'])
+def test_other_indexes_are_refused(faiss, tmp_path, kind):
+    if kind == 'Flat empty': index = faiss.IndexFlatL2(16)
+    elif kind == 'Flat L1': index = faiss.IndexFlat(16, faiss.METRIC_L1)
+    elif kind == 'Flat inner product': index = faiss.IndexFlatIP(16)
+    else: index = faiss.index_factory(16, kind)
+    if kind != 'Flat empty':
+        index.train(BANK.numpy())
+        if kind.startswith('IDMap'): index.add_with_ids(BANK.numpy(), np.arange(200))
+        else: index.add(BANK.numpy())
+    faiss.write_index(index, str(tmp_path/'x'))
+    refused(read_faiss_flat, tmp_path/'x', says='IndexFlatL2')
+
+@pytest.fixture
+def flat(tmp_path):
+    write_faiss_flat(tmp_path/'flat', BANK)
+    return tmp_path/'flat'
+
+@pytest.mark.parametrize('change', [dict(d=0), dict(d=-1), dict(d=2**31-1), dict(m=0), dict(m=-200), dict(m=2**60), dict(m=2**58, n=2**62), dict(m=2**60, n=2**64-2**60), dict(d=2**30, m=2**34, n=0), dict(n=2**60), dict(n=0),
+                                    dict(m=400, d=8), dict(m=100), dict(metric=0), dict(metric=23), dict(trained=0), dict(kind=b'IxFI'), dict(kind=b'IwFl')], ids=str)
+def test_false_headers(flat, change):
+    names, raw = ['kind', 'd', 'm', 'a', 'b', 'trained', 'metric', 'n'], flat.read_bytes()
+    flat.write_bytes(HEADER.pack(*(dict(zip(names, HEADER.unpack(raw[:45])))|change).values())+raw[45:])
+    tracemalloc.start()
+    try:
+        if change == dict(m=400, d=8): assert read_faiss_flat(flat).shape == (400, 8) # as good a bank as any
+        else:
+            refused(read_faiss_flat, flat, says='IndexFlatL2')
+            assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally: tracemalloc.stop()
+
+def test_damaged_indexes(flat):
+    raw, rng = flat.read_bytes(), random.Random(0)
+    for n in [*range(60), *(rng.randrange(len(raw)) for _ in range(40))]:
+        flat.write_bytes(raw[:n])
+        refused(read_faiss_flat, flat)
+    flat.write_bytes(raw+b'x')
+    refused(read_faiss_flat, flat)
+    tracemalloc.start()
+    for _ in range(500):
+        spoiled = bytearray(raw)
+        for _ in range(rng.choice([1, 3])): spoiled[rng.randrange(50)] = rng.randrange(256)
+        flat.write_bytes(spoiled)
+        try: assert read_faiss_flat(flat).numel() == BANK.numel()
+        except DataError as e: assert len(str(e).splitlines()) == 1
+    assert tracemalloc.get_traced_memory()[1] < 4e6
+    tracemalloc.stop()
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_indexes_that_are_not_finite(flat, value):
+    flat.write_bytes(flat.read_bytes()[:-4]+struct.pack('<f', value))
+    refused(read_faiss_flat, flat, says='not finite')
+
+def test_files_that_are_folders_or_not_there(tmp_path):
+    for f in (read_faiss_flat, read_reference_params):
+        for path in (tmp_path, tmp_path/'none'): refused(f, path, says='cannot be read')
+
+
+def test_members_of_an_ensemble(model, weights, tmp_path):
+    "By their prefix; without one, the folder says what it holds."
+    folder = save(model, tmp_path/'m', 'reference')
+    for i in (1, 2):
+        for name in (PARAMS, INDEX): shutil.copy(folder/name, folder/f'Ensemble-{i}-2_{name}')
+    for name in (PARAMS, INDEX): (folder/name).unlink()
+    assert torch.equal(scores(load(folder, prefix='Ensemble-2-2_', weights_dir=weights, resize=64)), scores(model))
+    refused(load, folder, says='by prefix Ensemble-1-2_, Ensemble-2-2_')
+
+@pytest.mark.parametrize('gone', [TENSORS, VALUES, INDEX, PARAMS])
+def test_missing_files(saved, weights, gone):
+    "Ours needs its two files, the reference's its two; what is whole is read."
+    for name in {TENSORS: [TENSORS], VALUES: [VALUES, PARAMS], INDEX: [VALUES, INDEX], PARAMS: [VALUES, TENSORS, PARAMS]}[gone]: (saved/name).unlink()
+    refused(lambda: load(saved, weights_dir=weights), says=str(saved))
+
+def test_folders_without_a_model(tmp_path):
+    refused(load, tmp_path, says='holds no model')
+    refused(load, tmp_path/'none', says='is not there')
+    (tmp_path/'file').write_bytes(b'')
+    refused(load, tmp_path/'file', says='file')
+
+def test_reference_files_that_do_not_fit(model, weights, tmp_path):
+    folder = save(model, tmp_path/'m', 'reference')
+    def change(**values): (folder/PARAMS).write_bytes(pickle.dumps(PLAIN | {k.replace('_name', '.name'): v for k, v in values.items()}))
+    def refuses(says): refused(lambda: load(folder, weights_dir=weights), says=says)
+    change(target_embed_dimension=32); refuses('do not belong together')
+    for shape in [(3, 56, 64), (56, 56), (3, 56)]: change(input_shape=shape); refuses('only square ones')
+    change(layers_to_extract_from=['layer9']); refuses('layer9')
+    change(backbone_name='resnet-eighteen'); refuses('resnet-eighteen')
+    change(anomaly_scorer_num_nn=10**4); refuses('10000')
+    change(); write_faiss_flat(folder/INDEX, torch.randn(5, 32)); refuses('do not belong together')
+
+
+def values(path, change):
+    "Rewrite the JSON with a change somewhere inside: a path of keys, and the new value (or DEL)."
+    d = json.loads(path.read_text(encoding='utf-8'))
+    at = d
+    for key in change[:-2]: at = at[key]
+    if change[-1] is None and change[-2] in at: del at[change[-2]]
+    else: at[change[-2]] = change[-1]
+    path.write_text(json.dumps(d), encoding='utf-8')
+
+@pytest.mark.parametrize('change', [
+    ('format', 'patchcore_nb model 99'), ('format', None), ('params', None), ('params', []), ('params', 5), ('learned', None), ('learned', 'x'), ('learned', [1]), ('sha256', None), ('sha256', 5), ('sha256', []),
+    ('sha256', [TENSORS]), ('sha256', {}), ('sha256', TENSORS, 7), ('sha256', TENSORS, '0'*64), ('sha256', TENSORS), ('params', 'target_dim', None), ('params', 'target_dim', 65), ('params', 'target_dim', 'x'), ('params', 'backbone', 'resnet-eighteen'),
+    ('params', 'backbone', 5), ('params', 'layers', ['layer9']), ('params', 'layers', 7), ('params', 'layers', []), ('params', 'nonsense', 1), ('params', 'k', 0), ('params', 'k', 10**6), ('params', 'k', 'x'),
+    ('params', 'patchsize', 0), ('params', 'patchsize', 3.5), ('params', 'stride', -1), ('params', 'imagesize', 0), ('params', 'imagesize', 500), ('params', 'imagesize', 'x'), ('params', 'patch_score', 'y'), ('params', 'preprocessing', 5),
+    ('params', 'weights', 'z'), ('params', 'false_alarms', 7), ('params', 'seed', 'x')], ids=str)
+def test_damaged_values(saved, weights, change):
+    change = (*change, None) if change == ('sha256', TENSORS) else change
+    values(saved/VALUES, change)
+    refused(lambda: load(saved, weights_dir=weights))
+
+@pytest.mark.parametrize('raw', [b'', b'{', b'[]', b'null', b'5', b'"x"', b'\xff\xfe', b'[' * 100_000, b'{"a":' * 50_000, b'{"format": "patchcore_nb model 1"}', b'9'*10_000, b'\x00'*100], ids=lambda r: repr(r[:12]))
+def test_values_that_are_no_json(saved, weights, raw):
+    (saved/VALUES).write_bytes(raw)
+    refused(lambda: load(saved, weights_dir=weights), says=VALUES)
+
+def test_values_cut_off_anywhere(saved, weights):
+    raw = (saved/VALUES).read_bytes().rstrip()
+    for n in random.Random(0).sample(range(len(raw)), 60):
+        (saved/VALUES).write_bytes(raw[:n])
+        refused(lambda: load(saved, weights_dir=weights), says=VALUES)
+
+SPOILT_BANKS = {'none': lambda b: {}, 'narrow': lambda b: {'memory_bank': b[:, :9].contiguous()}, 'flat': lambda b: {'memory_bank': b[0]}, 'empty': lambda b: {'memory_bank': b[:0]},
+                'whole numbers': lambda b: {'memory_bank': b.int()}, 'nan': lambda b: {'memory_bank': b*np.nan}}
+
+@pytest.mark.parametrize('how', SPOILT_BANKS)
+def test_banks_that_do_not_fit(saved, weights, how):
+    "With a digest that does: whoever made this meant it."
+    tensors = load_file(saved/TENSORS)
+    save_file(tensors | SPOILT_BANKS[how](tensors.pop('memory_bank')), saved/TENSORS)
+    values(saved/VALUES, ('sha256', TENSORS, hashlib.sha256((saved/TENSORS).read_bytes()).hexdigest()))
+    refused(lambda: load(saved, weights_dir=weights))
+
+@pytest.mark.parametrize('runtime', [dict(ratio=.5), dict(seed=1)], ids=str)
+def test_only_what_costs_time_can_be_changed(saved, weights, runtime):
+    with pytest.raises(ArgumentError, match='cannot be changed'): load(saved, weights_dir=weights, **runtime)
