@@ -52,8 +52,8 @@ def modulus(
     b, c, h, w = x.shape
     pad = kernels.shape[-1]//2
     x = F.pad(x.reshape(b*c, 1, h, w), (pad,)*4, mode='reflect')
-    y = F.conv2d(x, kernels).unflatten(1, (2, -1)) # (B*C, 2, L, H, W)
-    return torch.linalg.vector_norm(y, dim=1).reshape(b, c*len(kernels)//2, h, w)
+    even, odd = F.conv2d(x, kernels).chunk(2, 1) # (B*C, L, H, W) each
+    return (even.square()+odd.square()).sqrt().reshape(b, c*len(kernels)//2, h, w)
 
 # %% ../nbs/02a_filterbank.ipynb #e8eaca9b
 def halve(
