@@ -125,6 +125,20 @@ def test_mask_of_a_turned_photograph(root):
         image = save(np.ascontiguousarray(turned), root/'tile/test/spot'/name, exif=e)
         assert torch.equal(of_mask(root), want)
 
+def test_mask_of_a_png_that_tells_late(root):
+    "Some write the orientation after the pixels."
+    want, image, e = of_mask(root), root/'tile/test/spot/001.png', Image.Exif()
+    e[0x0112] = 3
+    with Image.open(image) as im: Image.fromarray(np.asarray(im)[::-1, ::-1].copy()).save(image, exif=e)
+    for orientation in (3, 6):
+        raw = image.read_bytes()
+        at = raw.index(b'eXIf')-4
+        end = at+12+int.from_bytes(raw[at:at+4], 'big')
+        image.write_bytes(raw[:at]+raw[end:-12]+raw[at:end]+raw[-12:])
+        assert torch.equal(of_mask(root), want)
+        e[0x0112] = 6
+        with Image.open(root/'tile/test/spot/000.png') as im: Image.fromarray(np.rot90(np.asarray(im)).copy()).save(image, exif=e)
+
 def test_masks_lie_where_the_defects_are(root):
     maps = torch.stack([PRE(to_pil(o.path)).mean(0) for o in tile(root).test])
     masks = read_masks(tile(root).test, PRE)

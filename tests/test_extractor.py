@@ -32,6 +32,15 @@ def offline(monkeypatch):
 @pytest.fixture(scope='module')
 def state(): return create_backbone('resnet18', 'random', seed=3).state_dict()
 
+@pytest.fixture(scope='module')
+def built(): return create_backbone('resnet18', 'random', seed=4)
+
+@pytest.fixture
+def network(built):
+    "A ResNet-18 that knows nothing: all weights are zero."
+    for o in built.state_dict().values(): o.zero_()
+    return built
+
 
 @pytest.mark.parametrize('name', BACKBONES)
 def test_backbones_give_maps(name):
@@ -80,17 +89,17 @@ def wrapped(state, how):
 
 @pytest.mark.parametrize('how, ending', [*((how, '.pth') for how in ['plain', 'state_dict', 'model', 'module.', 'both', 'no head', 'other head', 'more', 'half', 'no counters']),
                                          ('plain', '.pt'), ('plain', '.safetensors'), ('module.', '.safetensors'), ('no head', '.safetensors')])
-def test_weights_files(tmp_path, state, how, ending):
+def test_weights_files(tmp_path, state, network, how, ending):
     content = wrapped(state, how)
     (save_file if ending == '.safetensors' else torch.save)(content, tmp_path/f'resnet18{ending}')
-    got = create_backbone('resnet18', weights_dir=tmp_path).state_dict()
+    got = put_weights(network, find_weights(['resnet18'], tmp_path)).state_dict()
     for k, v in state.items():
         if not k.startswith('fc.'): assert torch.allclose(got[k].float(), v.float(), atol=2e-3 if how == 'half' else 0), k
 
 def test_the_environment_names_the_folder(tmp_path, state, monkeypatch):
     torch.save(state, tmp_path/'resnet18.pth')
     monkeypatch.setenv('PATCHCORE_NB_WEIGHTS', str(tmp_path))
-    assert torch.equal(create_backbone('resnet18').conv1.weight, state['conv1.weight'])
+    assert torch.equal(create_backbone('resnet18').layer3[0].conv1.weight, state['layer3.0.conv1.weight'])
     assert find_weights(['none'], None) is None
 
 def test_either_name_and_safetensors_first(tmp_path):
@@ -104,11 +113,11 @@ class Evil:
     def __reduce__(self): return os.mkdir, (str(self.marker),)
 
 @pytest.mark.parametrize('how', ['torch', 'pickle', 'inside'])
-def test_weights_that_would_run_code(tmp_path, state, how):
+def test_weights_that_would_run_code(tmp_path, state, network, how):
     path, evil = tmp_path/'resnet18.pth', Evil(tmp_path/'ran')
     if how == 'pickle': path.write_bytes(pickle.dumps(evil))
     else: torch.save(state | {'fc.bias': evil} if how == 'inside' else evil, path)
-    with pytest.raises(DataError) as e: create_backbone('resnet18', weights_dir=tmp_path)
+    with pytest.raises(DataError) as e: put_weights(network, path)
     assert 'resnet18.pth' in str(e.value) and len(str(e.value).splitlines()) == 1
     assert not (tmp_path/'ran').exists()
 
@@ -122,9 +131,10 @@ def test_weights_that_are_none(tmp_path, content, ending):
     assert path.name in str(e.value) and len(str(e.value).splitlines()) == 1
 
 @pytest.mark.parametrize('change', [lambda s: {k: v for k, v in s.items() if k != 'layer1.0.conv1.weight'}, lambda s: s | {'conv1.weight': torch.zeros(64, 1, 7, 7)}, lambda s: {f'net.{k}': v for k, v in s.items()}], ids=['missing', 'of another shape', 'of another name'])
-def test_weights_of_another_network(tmp_path, state, change):
+def test_weights_of_another_network(tmp_path, state, network, change):
     torch.save(change(state), tmp_path/'resnet18.pth')
-    with pytest.raises(DataError, match='do not fit the network'): create_backbone('resnet18', weights_dir=tmp_path)
+    with pytest.raises(DataError, match='do not fit the network'): put_weights(network, tmp_path/'resnet18.pth')
+    assert not network.conv1.weight.any()
 
 def test_cut_off_weights(tmp_path, state):
     for ending, write in (('.pth', torch.save), ('.safetensors', save_file)):
