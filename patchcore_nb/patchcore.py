@@ -273,7 +273,8 @@ def from_state(cls:PatchCore,
     "Wake a model up."
     wrong = set(runtime)-set(RUNTIME)
     if wrong: raise ArgumentError(f"{', '.join(wrong)} cannot be changed in a fitted model: only {', '.join(RUNTIME)} can")
-    self = cls(**state['params'], **runtime)._set_up()
+    params = {k: tuple(v) if isinstance(v, list) else v for k, v in state['params'].items()}
+    self = cls(**params, **runtime)._set_up()
     learned, backbone = state['learned'], self.extractor_.backbone
     own = {k.removeprefix('backbone.'): v for k, v in tensors.items() if k.startswith('backbone.')}
     if own: backbone.load_state_dict(own)
