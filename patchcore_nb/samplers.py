@@ -88,7 +88,7 @@ def farthest_points(
     n:int,             # how many to pick, 1 <= n <= N
     start:Tensor=None, # (N,) anchor distances to start from; default: none, and row 0 is picked first
     pool:int=1024,     # B, rows in the pool
-    show:bool=False,   # draw a progress bar?
+    tick:Callable=None, # called with the number of new picks after each round
 )->Picks:
     "Greedy k-centre: repeatedly pick the row farthest from all picks."
     N, centre = len(bank), bank.mean(0)
@@ -99,18 +99,17 @@ def farthest_points(
     if start is None: # all rows are infinitely far: take the first
         idxs, dists = [0], [torch.inf]
         _lower(bank, sq, centre, torch.tensor([0], device=bank.device), 0, anchors, nearest)
-    with progress(None, 'coreset', n, show, 'pick') as bar:
-        while len(idxs) < n:
-            top, rows = anchors.topk(min(pool+1, N))
-            bound = float(top[pool]) if N > pool else -torch.inf
-            top, rows = top[:pool], rows[:pool] # (B,)
-            near = bank[rows]-bank[rows].mean(0)
-            table = _sq_dists(near, near).clamp_(min=0).sqrt_().fill_diagonal_(0) # (B, B)
-            new, new_dists = _pick_in_pool(table.cpu().numpy(), top.cpu().numpy().copy(), bound, n-len(idxs))
-            picks = rows[torch.tensor(new, device=rows.device)]
-            _lower(bank, sq, centre, picks, len(idxs), anchors, nearest)
-            idxs += picks.tolist(); dists += new_dists
-            bar.update(len(new))
+    while len(idxs) < n:
+        top, rows = anchors.topk(min(pool+1, N))
+        bound = float(top[pool]) if N > pool else -torch.inf
+        top, rows = top[:pool], rows[:pool] # (B,)
+        near = bank[rows]-bank[rows].mean(0)
+        table = _sq_dists(near, near).clamp_(min=0).sqrt_().fill_diagonal_(0) # (B, B)
+        new, new_dists = _pick_in_pool(table.cpu().numpy(), top.cpu().numpy().copy(), bound, n-len(idxs))
+        picks = rows[torch.tensor(new, device=rows.device)]
+        _lower(bank, sq, centre, picks, len(idxs), anchors, nearest)
+        idxs += picks.tolist(); dists += new_dists
+        if tick: tick(len(new))
     return Picks(torch.tensor(idxs), torch.tensor(dists), anchors, nearest)
 
 # %% ../nbs/04_samplers.ipynb #074026c2
@@ -187,11 +186,12 @@ class Coreset:
 def _greedy(bank:Tensor, start:Tensor, n:int, sizes:list[int], show:bool)->list[Picks]:
     "Greedy picks in stages that end at `sizes`; the nearest pick of each row is known after each stage."
     stages, done, nearest = [], 0, torch.full((len(bank),), -1, device=bank.device)
-    for size in sizes:
-        p = farthest_points(bank, size-done, start, show=show and size == sizes[-1])
-        nearest = torch.where(p.nearest >= 0, p.nearest+done, nearest)
-        stages.append(p._replace(nearest=nearest))
-        start, done = p.anchors, size
+    with progress(None, 'coreset', sizes[-1], show, 'pick') as bar:
+        for size in sizes:
+            p = farthest_points(bank, size-done, start, tick=bar.update)
+            nearest = torch.where(p.nearest >= 0, p.nearest+done, nearest)
+            stages.append(p._replace(nearest=nearest))
+            start, done = p.anchors, size
     return stages
 
 @register_sampler('approx_greedy_coreset')

@@ -96,6 +96,6 @@ def test_one_seed_one_model(testdata, bottle):
     assert torch.equal(a.predict(bottle.test[:3]).anomaly_maps, b.predict(bottle.test[:3]).anomaly_maps)
 
 def test_filterbank_on_bottle(bottle):
-    "A backbone without weights, at ratio 0.1, from every third training image for the sake of time."
-    got = figures(PatchCore('filterbank', ratio=.1).fit(bottle.train[::3]), bottle)
+    "A backbone without weights, at ratio 0.1, from every fifth training image for the sake of time."
+    got = figures(PatchCore('filterbank', ratio=.1).fit(bottle.train[::5]), bottle)
     assert got['image_auroc'] >= .94
