@@ -167,8 +167,9 @@ class Preprocess:
 
     def crop(self, im:Image.Image)->Image.Image:
         "The square that the network sees, as an image of the same mode."
-        size = im.size
-        return im.resize(self.scaled_size(size), Image.Resampling.BILINEAR).crop(self.crop_box(size))
+        size, scaled = im.size, self.scaled_size(im.size)
+        if scaled[0]*scaled[1] > 2*10**8: raise DataError(f'an image of {size[0]} x {size[1]} is too long to scale its shorter side to {self.resize}: cut it into pieces')
+        return im.resize(scaled, Image.Resampling.BILINEAR).crop(self.crop_box(size))
 
     def __call__(self, im:Image.Image)->Tensor: # (3, imagesize, imagesize) float32, normalised
         return to_tensor(self.crop(im))
@@ -180,14 +181,23 @@ def image_size(
     "Size of an image without decoding it."
     try:
         with Image.open(path) as im:
-            late = im.format == 'PNG' and 'exif' not in im.info # or Pillow decodes the whole PNG in search of it
-            turned = not late and im.getexif().get(0x0112, 1) > 4
-            return im.size[::-1] if turned else im.size
-    except (OSError, SyntaxError): return read_image(path).size # which says what is wrong
+            late = im.format == 'PNG' and not any('exif' in k.lower() or 'xmp' in k.lower() for k in im.info) # or Pillow decodes the whole PNG in search of it
+            turned = not late and im.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            size = (im.tag_v2[256], im.tag_v2[257]) if im.format == 'TIFF' else im.size # some Pillows turn a TIFF's size, some do not
+            return size[::-1] if turned else size
+    except Exception: return read_image(path).size # which says what is wrong
 
 def _same_size(mask:Path, got:tuple[int,int], image:Path, want:tuple[int,int]):
     "Raise unless a mask has the size of its image."
+    if got != want: want = read_image(image).size # a PNG may tell only after its pixels that it lies on its side
     if got != want: raise DataError(f'mask {mask} is {got[0]} x {got[1]}, but its image {image} is {want[0]} x {want[1]}: give the mask the size of the image')
+
+def _mask_values(im:Image.Image)->np.ndarray: # (H, W) float64
+    "The numbers of a mask, zero where nothing is marked: deep ones as they are, a transparent layer on black."
+    im = ImageOps.exif_transpose(im)
+    if im.mode.startswith(('I', 'F')): return np.nan_to_num(np.asarray(im).astype(np.float64), posinf=0).clip(min=0)
+    if im.has_transparency_data: im = Image.alpha_composite(Image.new('RGBA', im.size, 'black'), im.convert('RGBA'))
+    return np.asarray(to_rgb(im)).max(2).astype(np.float64)
 
 def read_mask(
     path:str|Path,         # mask image: zero is good, the highest value is defect
@@ -195,10 +205,9 @@ def read_mask(
     preprocess:Preprocess, # as for the image
 )->Tensor: # (imagesize, imagesize) bool
     "The defect's shape as the network sees the image."
-    grey = np.asarray(read_image(path)).max(2)
+    grey = read_image(path, _mask_values)
     _same_size(path, grey.shape[::-1], image, image_size(image))
-    peak = int(grey.max())
-    white = Image.fromarray((grey.astype(np.uint16)*255//max(peak, 1)).astype(np.uint8))
+    white = Image.fromarray((grey*255//(grey.max() or 1)).astype(np.uint8))
     return torch.from_numpy(np.asarray(preprocess.crop(white)) == 255)
 
 def read_masks(

@@ -75,10 +75,10 @@ def read_weights(
             from safetensors.torch import load_file
             state = load_file(path)
         else: state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise DataError(f'weights {path} cannot be read ({str(e).splitlines()[0]}): supply a plain state dict as .safetensors, .pth or .pt') from None
+    except Exception as e: raise DataError(f'weights {path} cannot be read ({why(e)}): supply a plain state dict as .safetensors, .pth or .pt') from None
     for key in ('state_dict', 'model', 'state_dict_ema'):
         if isinstance(state, dict) and isinstance(state.get(key), dict): state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(o, Tensor) for o in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(o, Tensor) for k, o in state.items()):
         raise DataError(f'weights {path} hold no state dict: supply a plain dict of names to tensors')
     return {k.removeprefix('module.'): v for k, v in state.items()}
 
@@ -114,8 +114,7 @@ def _download(library:str, name:str, asked:str)->nn.Module:
     logging.disable() # a library that fails to download prints pages of tracebacks first
     try: return _build(library, name, pretrained=True)
     except Exception as e:
-        why = (str(e).splitlines() or [type(e).__name__])[0][:120]
-        raise DataError(f'no weights for {asked}: no {asked}.safetensors, .pth or .pt in --weights_dir or PATCHCORE_NB_WEIGHTS, and the download by {library} failed ({why}): '
+        raise DataError(f'no weights for {asked}: no {asked}.safetensors, .pth or .pt in --weights_dir or PATCHCORE_NB_WEIGHTS, and the download by {library} failed ({why(e)[:120]}): '
                         f'put {asked}.pth into a folder and pass it as --weights_dir, or use the backbone filterbank, which needs none') from None
     finally: logging.disable(logging.NOTSET)
 

@@ -8,7 +8,7 @@ __all__ = ['FORMAT', 'TENSORS', 'VALUES', 'HEADER', 'REFERENCE_KEYS', 'PARAMS', 
            'formats_for', 'save', 'load']
 
 # %% ../nbs/08_store.ipynb #61e6bb47
-import hashlib, io, json, pickle, platform, struct, warnings
+import hashlib, io, json, pickle, pickletools, platform, struct, warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .core import *
 from .core import unknown
-from .patchcore import PatchCore, split_seed
+from .patchcore import RUNTIME, PatchCore, split_seed
 
 # %% ../nbs/08_store.ipynb #4ec8f036
 FORMAT = 'patchcore_nb model 1'
@@ -53,10 +53,12 @@ def _write_ours(model:PatchCore, folder:Path, more:list[Path]):
 def _read_values(path:Path)->dict:
     "Our JSON file, checked for its format."
     try: values = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e: raise DataError(f'{path} cannot be read ({e}): the model is damaged, fit it again') from None
+    except (OSError, ValueError, RecursionError) as e: raise DataError(f'{path} cannot be read ({why(e)}): the model is damaged, fit it again') from None
     if not isinstance(values, dict) or values.get('format') != FORMAT: raise DataError(f'{path} is not of the format {FORMAT!r}: it was written by another version, use that one or fit again')
     missing = {'params', 'learned', 'sha256'}-set(values)
     if missing: raise DataError(f"{path} lacks {', '.join(sorted(missing))}: the model is damaged, fit it again")
+    odd = [k for k in ('params', 'learned', 'sha256') if not isinstance(values[k], dict)]
+    if odd: raise DataError(f"{path} has an odd value for {', '.join(odd)}: the model is damaged, fit it again")
     return values
 
 def _check_digests(folder:Path, wanted:dict[str,str]):
@@ -67,6 +69,14 @@ def _check_digests(folder:Path, wanted:dict[str,str]):
         path = folder/Path(name).name
         if path.is_file() and digest(path) != sha: raise DataError(f'{path} is not the file that was saved (its SHA-256 differs): copy it again or fit again')
 
+def _wake(folder:Path, state:dict, tensors:dict, runtime:dict)->PatchCore:
+    "Build a model; what does not fit is the fault of its files, unless it is an argument of `runtime`."
+    devices = {k: pick_device(runtime[k]) for k in ('device', 'search_device') if runtime.get(k) is not None}
+    try: return PatchCore.from_state(state, tensors, **runtime | devices)
+    except Exception as e:
+        if isinstance(e, DataError) or not set(runtime) <= set(RUNTIME): raise
+        raise DataError(f'{folder} holds a model that does not fit together ({why(e)}): fit it again') from None
+
 def _load_ours(folder:Path, runtime:dict)->PatchCore:
     "A model in our format."
     values = _read_values(folder/VALUES)
@@ -75,9 +85,9 @@ def _load_ours(folder:Path, runtime:dict)->PatchCore:
         tensors = load_tensors((folder/TENSORS).read_bytes())
         bank, dim = tensors['memory_bank'], values['params']['target_dim']
         if bank.ndim != 2 or bank.shape[1] != dim: raise ValueError(f'a memory bank of shape {tuple(bank.shape)} for embeddings of {dim} values')
-        return PatchCore.from_state(values, tensors, **runtime)
-    except PatchCoreError: raise
-    except Exception as e: raise DataError(f'{folder} holds a model that does not fit together ({e}): fit it again') from None
+        if bank.dtype != torch.float32 or not bank.isfinite().all(): raise ValueError('a memory bank that does not hold finite float32')
+    except Exception as e: raise DataError(f'{folder} holds a model that does not fit together ({why(e)}): fit it again') from None
+    return _wake(folder, values, tensors, runtime)
 
 # %% ../nbs/08_store.ipynb #d9d934a2
 HEADER = struct.Struct('<4siqqqBiQ') # kind, D, M, two fillers, trained, metric, number of floats: 45 bytes
@@ -111,6 +121,17 @@ def read_faiss_flat(
     return torch.from_numpy(bank)
 
 # %% ../nbs/08_store.ipynb #6740fdcf
+_PLAIN = frozenset('''PROTO FRAME STOP MARK MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET UNICODE BINUNICODE SHORT_BINUNICODE INT BININT BININT1 BININT2 LONG LONG1
+    EMPTY_DICT DICT SETITEM SETITEMS EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3'''.split()) # all that plain values take
+
+def _check_program(raw:bytes):
+    "Read a pickle's instructions without carrying them out; refuse what plain values do not need."
+    ops = [(op.name, arg) for op, arg, _ in pickletools.genops(raw)]
+    for name, arg in ops:
+        if name not in _PLAIN: raise ValueError(f'it asks for {name}')
+        if name in ('PUT', 'LONG_BINPUT') and arg > len(raw): raise ValueError(f'it counts {arg} values in {len(raw)} bytes')
+    if sum('LIST' in name or 'TUPLE' in name or 'DICT' in name for name, _ in ops) > 9: raise ValueError('it nests more than eight plain values do')
+
 class _PlainUnpickler(pickle.Unpickler):
     "An unpickler that knows no global at all."
     def find_class(self, module, name): raise pickle.UnpicklingError(f'it asks for {module}.{name}')
@@ -122,8 +143,9 @@ REFERENCE_KEYS = {'backbone.name': str, 'layers_to_extract_from': list, 'input_s
 def _plain(key:str, value):
     "A value of the reference's dict, if it is of the kind that belongs there."
     kind, of = REFERENCE_KEYS[key], str if key.startswith('layers') else int
-    if kind is list and type(value) in (list, tuple) and 0 < len(value) < 1000 and all(type(o) is of for o in value): return list(value)
-    if type(value) is kind and (kind is str or (kind is int and value >= 1)): return value
+    def fits(o): return type(o) is of and (of is str or 1 <= o <= 1 << 16)
+    if kind is list and type(value) in (list, tuple) and 0 < len(value) < 1000 and all(map(fits, value)): return list(value)
+    if type(value) is kind and (kind is str or fits(value)): return value
     raise ValueError(f'{key} has an odd value')
 
 def read_reference_params(
@@ -133,11 +155,12 @@ def read_reference_params(
     try:
         raw = Path(path).read_bytes()
         if len(raw) > 1 << 16: raise ValueError(f'it has {len(raw)} bytes, far too many')
+        _check_program(raw)
         d = _PlainUnpickler(io.BytesIO(raw)).load()
         if type(d) is not dict or set(d) != set(REFERENCE_KEYS): raise ValueError('it is not a dict of the eight keys')
         return {k: _plain(k, d[k]) for k in REFERENCE_KEYS}
     except OSError as e: raise DataError(f'{path} cannot be read ({e.strerror}): check the path') from None
-    except Exception as e: raise DataError(f"{path} is refused ({str(e).splitlines()[0] if str(e) else type(e).__name__}): only the reference's eight plain values are read from a pickle") from None
+    except Exception as e: raise DataError(f"{path} is refused ({why(e)}): only the reference's eight plain values are read from a pickle") from None
 
 # %% ../nbs/08_store.ipynb #8d812bab
 PARAMS, INDEX = 'patchcore_params.pkl', 'nnscorer_search_index.faiss'
@@ -175,7 +198,7 @@ def _load_reference(folder:Path, prefix:str, resize:int|None, runtime:dict)->Pat
     if bank.shape[1] != p['target_embed_dimension']: raise DataError(f"{folder} holds patches of {bank.shape[1]} values, but its parameters say {p['target_embed_dimension']}: the two files do not belong together")
     params = dict(backbone=p['backbone.name'], layers=p['layers_to_extract_from'], k=p['anomaly_scorer_num_nn'], patchsize=p['patchsize'], stride=p['patchstride'],
                   pretrain_dim=p['pretrain_embed_dimension'], target_dim=p['target_embed_dimension'], imagesize=h, resize=resize or round(h*8/7))
-    return PatchCore.from_state(dict(params=params, learned={}), dict(memory_bank=bank), **runtime)
+    return _wake(folder, dict(params=params, learned={}), dict(memory_bank=bank), runtime)
 
 # %% ../nbs/08_store.ipynb #e77447c6
 FORMATS = 'both', 'ours', 'reference'
@@ -191,6 +214,11 @@ def formats_for(
     if why and model_format == 'reference': raise ArgumentError(f'{said}: pass --model_format ours')
     return model_format != 'reference', model_format != 'ours' and not why, f'{said}: the model is written in our format alone' if why else ''
 
+def _check_place(folder:Path):
+    "Refuse to replace a folder that holds other things than a model."
+    others = [p.name for p in folder.iterdir() if p.name not in (TENSORS, VALUES) and not p.name.endswith((PARAMS, INDEX))] if folder.is_dir() else []
+    if others: raise DataError(f'{folder} holds other things than a model ({min(others)}): choose another folder')
+
 def save(
     model:PatchCore,         # fitted
     folder:str|Path,         # where to; an older model there is replaced
@@ -200,6 +228,7 @@ def save(
     ours, reference, said = formats_for(model, model_format)
     if not hasattr(model, 'memory_bank_'): raise ArgumentError('this PatchCore remembers nothing yet: call fit before saving')
     if said: warnings.warn(said)
+    _check_place(Path(folder))
     with replacing_folder(folder) as temp:
         more = _write_reference(model, temp) if reference else []
         if ours: _write_ours(model, temp, more)
