@@ -159,6 +159,9 @@ class Aggregator:
         h:int, w:int, # the first layer's map
     )->tuple[int,int]: # rows and columns of patches
         "The grid of patches over an image."
+        self._check()
+        p = max(self.patchsize, *self.more_patchsizes, 1)
+        if p > 2*min(h, w)+1: raise ArgumentError(f'patchsize {p} is far larger than the feature map of {h} x {w} cells: pass a smaller --patchsize')
         p = self.patchsize
         size = tuple((s+2*((p-1)//2)-p)//self.stride+1 for s in (h, w))
         if min(size) < 1: raise ArgumentError(f'patchsize {p} is larger than the feature map of {h} x {w} cells: pass a smaller --patchsize or a larger --imagesize')

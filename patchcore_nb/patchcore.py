@@ -90,9 +90,9 @@ def _set_up(self:PatchCore):
     backbone = create_backbone(self.backbone, self.weights, self.weights_dir, self.seed)
     self.extractor_ = Extractor(backbone, self.layers).to(self.device_)
     shapes = list(map_shapes(self.extractor_, self.imagesize).values()) # (C, h, w) of each layer
-    self.aggregator_ = Aggregator(self.patchsize, self.pretrain_dim, self.target_dim, self.stride, self.more_patchsizes,
-                                  self.preprocessing, self.aggregation, self._seed()).fit([s[0] for s in shapes], self.device_)
+    self.aggregator_ = Aggregator(self.patchsize, self.pretrain_dim, self.target_dim, self.stride, self.more_patchsizes, self.preprocessing, self.aggregation, self._seed())
     self.grid_ = self.aggregator_.grid(*shapes[0][1:])
+    self.aggregator_.fit([s[0] for s in shapes], self.device_)
     self.scorer_ = Scorer(self.k, self.patch_score, self.search_threads)
     return self
 

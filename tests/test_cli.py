@@ -215,7 +215,7 @@ def test_threshold_from_held_out_images(call, tmp_path):
     (dict(sampler='gredy_coreset'), ['unknown sampler', "'greedy_coreset'"]), (dict(name='mvtek'), ['unknown dataset', "'mvtec'"]),
     (dict(core=CORE.replace('resnet18', 'resnet81')), ['unknown backbone', "'resnet18'"]), (dict(core=CORE.replace('layer3', 'layr3')), ['unknown layer', "'layer3'", 'layer1']),
     (dict(core=CORE.replace('layer3', 'fc')), ['not a map']), (dict(core=CORE+' -le layer2'), ['twice']), (dict(core=CORE+' --patchscore maks'), ['unknown patchscore', "'max'"]),
-    (dict(core=CORE+' -b wideresnet50'), ['ensembles']), (dict(core=CORE+' --patchsize 0'), ['patchsize']),
+    (dict(core=CORE+' -b wideresnet50'), ['ensembles']), (dict(core=CORE+' --patchsize 0'), ['patchsize']), (dict(core=CORE+' --patchsize 99'), ['far larger than the feature map']),
     (dict(core=CORE+' --patchoverlap 1'), ['patchoverlap']), (dict(core=CORE+' --anomaly_scorer_num_nn 0'), ['anomaly_scorer_num_nn']),
     (dict(core=CORE+' --anomaly_scorer_num_nn 26'), ['memory bank of 25', '--anomaly_scorer_num_nn']),
     (dict(dataset=f'{SMALL} -d tile --imagesize 65'), ['larger than resize']),
