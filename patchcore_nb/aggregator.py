@@ -173,7 +173,7 @@ class Aggregator:
         "Patch embeddings on the grid of the first layer."
         maps = list(features.values())
         grid = self.grid(*maps[0].shape[2:])
-        embedded = [embed(maps, ks, p, self.stride, grid, self.target_dim) for p, ks in self.kernels_]
+        with full_precision(): embedded = [embed(maps, ks, p, self.stride, grid, self.target_dim) for p, ks in self.kernels_]
         out = embedded[0] if len(embedded) == 1 else torch.stack(embedded).mean(0)
         return rearrange(out, 'b d h w -> b h w d')
 

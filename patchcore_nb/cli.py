@@ -7,16 +7,15 @@ __all__ = ['stride_of', 'make_model', 'show_run', 'main']
 
 # %% ../nbs/12_cli.ipynb #7e6845d5
 import os, sys, warnings
-from pathlib import Path
 
 import click
-import pandas as pd
+import torch
 
-from .aggregator import Aggregator
 from .core import *
-from .core import FirstFrameWarning, unknown
+from .core import unknown
 from .data import DATASETS, load_category
-from .demo import DEMO_CATEGORIES
+from .demo import DEMO_CATEGORIES # the import registers the set
+from .extractor import BACKBONES
 from .experiment import REFERENCE_COLUMNS, Run, run
 from .patchcore import PatchCore
 from .samplers import SAMPLERS, coreset_size
@@ -39,10 +38,10 @@ class _Group(click.Group):
             raise click.UsageError('patch_core_loader is not there yet: fit with patch_core, or load a saved model in Python with patchcore_nb.store.load')
         return super().resolve_command(ctx, args)
 
-@click.group(chain=True, cls=_Group, context_settings=dict(help_option_names=['-h', '--help'], max_content_width=120))
+@click.group(chain=True, cls=_Group, no_args_is_help=False, context_settings=dict(help_option_names=['-h', '--help'], max_content_width=120))
 @click.argument('results_path')
 @click.option('--gpu', type=int, default=(0,), multiple=True, show_default=True, help='Index of the GPU; the first counts. Without a GPU, 0 warns and takes the CPU; -1 forces the CPU.')
-@click.option('--seed', type=int, default=0, show_default=True, help='Seed of all that is random.')
+@click.option('--seed', type=click.IntRange(0, 2**63-1), default=0, show_default=True, help='Seed of all that is random.')
 @click.option('--log_group', default='group', show_default=True, help='Folder of the run; with _0, _1, ... if it is taken.')
 @click.option('--log_project', default='project', show_default=True, help='Folder above it.')
 @click.option('--save_segmentation_images', is_flag=True, help='Save image, mask, map and overlay of every test image.')
@@ -73,12 +72,12 @@ def patch_core(**kw): return 'patch_core', kw
 
 # %% ../nbs/12_cli.ipynb #fddf172a
 @cli.command('sampler', help='which patches to remember')
-@click.argument('name')
+@click.argument('name', metavar=f"[{'|'.join(SAMPLERS)}]")
 @click.option('--percentage', '-p', type=float, default=0.1, show_default=True, help='Fraction of the patches to remember, (0, 1]; 1 keeps all.')
 def sampler(**kw): return 'sampler', kw
 
 @cli.command('dataset', help='the images')
-@click.argument('name')
+@click.argument('name', metavar=f"[{'|'.join(DATASETS)}]")
 @click.argument('data_path')
 @click.option('--subdatasets', '-d', multiple=True, required=True, help='Category; repeat for several.')
 @click.option('--train_val_split', type=float, default=1., show_default=True, help='Part of the training images to remember, (0, 1]; the rest, drawn by --seed, sets the threshold.')
@@ -99,9 +98,9 @@ def stride_of(
 
 def _threads(n:int)->int: return min(n, os.cpu_count() or 1)
 
-def _search_device(on_gpu:bool):
-    "The device of the search: None for the model's own, the first GPU if asked for."
-    if not on_gpu: return None
+def _search_device(on_gpu:bool, gpu:int):
+    "The device of the search: None for the model's own, a GPU if asked for."
+    if not on_gpu or (gpu >= 0 and torch.cuda.is_available()): return None
     device = pick_device()
     if device.type != 'cpu': return device
     warnings.warn('no GPU for --faiss_on_gpu: searching on the CPU')
@@ -115,11 +114,14 @@ def make_model(
     "The model that the flags describe."
     if len(core['backbone_names']) > 1: raise click.UsageError(f"ensembles of several backbones are not there yet: run once for each of {', '.join(core['backbone_names'])}")
     workers = core['faiss_num_workers']
+    if core['weights_dir'] and core['weights'] == 'random': raise click.UsageError('--weights random takes nothing from --weights_dir: pass one of them')
+    if core['backbone_names'][0] in BACKBONES and (core['weights_dir'] or core['weights'] == 'random'): raise click.UsageError(f"{core['backbone_names'][0]} has no weights: leave --weights and --weights_dir out")
+    if group['model_format'] != 'both' and not group['save_patchcore_model']: raise click.UsageError('--model_format goes with --save_patchcore_model: pass both or neither')
     return PatchCore(
         core['backbone_names'][0], core['layers_to_extract_from'], sampler['percentage'], sampler['name'], core['anomaly_scorer_num_nn'] or 1, core['patchscore'],
         core['patchsize'], core['patchsize_aggregate'], stride_of(core['patchsize'], core['patchoverlap']), core['pretrain_embed_dimension'],
         core['target_embed_dimension'], core['preprocessing'], core['aggregation'], data['resize'], data['imagesize'], data['augment'], data['train_val_split'],
-        weights=core['weights'], seed=group['seed'], weights_dir=core['weights_dir'], device=group['gpu'][0], search_device=_search_device(core['faiss_on_gpu']),
+        weights=core['weights'], seed=group['seed'], weights_dir=core['weights_dir'], device=group['gpu'][0], search_device=_search_device(core['faiss_on_gpu'], group['gpu'][0]),
         search_threads=workers and _threads(workers), batch_size=data['batch_size'], num_workers=_threads(data['num_workers']), show=True)
 
 # %% ../nbs/12_cli.ipynb #54a3e9ec
@@ -149,7 +151,8 @@ def _run_all(parts, **group):
     coreset_size(1, flags['sampler']['percentage'], flags['sampler']['name'])
     if len(set(data['subdatasets'])) < len(data['subdatasets']): raise click.UsageError('a category is named twice with -d: name each one once')
     model = make_model(group, flags['patch_core'], flags['sampler'], data).check()
-    categories = [load_category(data['name'], data['data_path'], d) for d in data['subdatasets']]
+    try: categories = [load_category(data['name'], data['data_path'], d) for d in data['subdatasets']]
+    except OSError as e: raise DataError(f"{data['data_path']} cannot be read ({e.strerror}): check the path and its permissions") from None
     done = run(model, categories, group['results_path'], group['log_project'], group['log_group'], group['save_patchcore_model'],
                group['save_segmentation_images'], group['model_format'], group['resume'])
     click.echo(show_run(done, group))
@@ -160,7 +163,10 @@ def _one_line(message, category, *args, **kw): print(f'warning: {message}', file
 def _complain(e:BaseException)->int:
     "Print one line for an error; its exit status."
     text = e.format_message() if isinstance(e, click.ClickException) else str(e)
-    if not isinstance(e, (click.ClickException, PatchCoreError)):
+    if text == 'Missing command.': text = 'nothing to do: RESULTS_PATH patch_core [...] sampler [...] dataset [...]'
+    if isinstance(e, (MemoryError, torch.cuda.OutOfMemoryError)) or 'not enough memory' in text:
+        text = f'out of memory ({why(e)[:120]}): pass a smaller --batch_size or -p, fewer images, or --gpu -1'
+    elif not isinstance(e, (click.ClickException, PatchCoreError)):
         text = f'{type(e).__name__}: {text} (PATCHCORE_NB_DEBUG=1 shows where)'
     print('error:', ' '.join(text.split()), file=sys.stderr)
     return 2 if isinstance(e, (click.UsageError, ArgumentError)) else 1

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'PatchCoreError', 'DataError', 'ArgumentError', 'nearest_names', 'why', 'unknown',
-           'generator', 'pick_device', 'to_rgb', 'FirstFrameWarning', 'read_image', 'to_pil', 'normalise',
-           'denormalise', 'to_tensor', 'make_folder', 'replacing', 'replacing_folder', 'progress']
+           'generator', 'pick_device', 'full_precision', 'to_rgb', 'FirstFrameWarning', 'read_image', 'to_pil',
+           'normalise', 'denormalise', 'to_tensor', 'make_folder', 'replacing', 'replacing_folder', 'progress']
 
 # %% ../nbs/00_core.ipynb #47a55bb6
-import contextlib, difflib, errno, os, shutil, tempfile, warnings
+import contextlib, difflib, errno, os, shutil, warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -61,6 +61,7 @@ def generator(
     seed:int=0, # any integer
 )->torch.Generator: # on the CPU, so that a seed means the same with and without a GPU
     "A random generator of one's own."
+    if not -2**63 <= int(seed) < 2**63: raise ArgumentError(f'seed must fit into 64 bits, got {seed}: pass 0')
     return torch.Generator().manual_seed(int(seed))
 
 # %% ../nbs/00_core.ipynb #f01d63ac
@@ -84,6 +85,15 @@ def pick_device(
     n = torch.cuda.device_count()
     if gpu >= n: raise ArgumentError(f'gpu {gpu} is not there: this machine has {n}, numbered from 0')
     return torch.device('cuda', gpu)
+
+# %% ../nbs/00_core.ipynb #204c3136
+@contextlib.contextmanager
+def full_precision():
+    "Convolutions on a GPU in float32 proper; changes nothing on a CPU."
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try: yield
+    finally: torch.backends.cudnn.allow_tf32 = before
 
 # %% ../nbs/00_core.ipynb #18abd55a
 def _is_unsigned(im:Image.Image)->bool:
@@ -164,7 +174,7 @@ def to_pil(
     a = np.asarray(x)
     if a.ndim == 3 and a.shape[2] == 1: a = a[..., 0]
     if a.ndim not in (2, 3) or (a.ndim == 3 and a.shape[2] not in (3, 4)) or not a.size:
-        raise ArgumentError(f'an image must be (H, W), (H, W, 3) or a (3, H, W) tensor, got shape {tuple(x.shape)}')
+        raise ArgumentError(f'an image must be (H, W), (H, W, 3) or a (3, H, W) tensor, got shape {a.shape} of {type(x).__name__}')
     if a.dtype == np.uint8: return to_rgb(Image.fromarray(a))
     if a.dtype in (np.uint16, bool) and a.ndim == 2: return to_rgb(Image.fromarray(a))
     if not np.issubdtype(a.dtype, np.floating) or not np.isfinite(a).all() or a.min() < 0 or a.max() > 1:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DATASETS', 'TURNS', 'Sample', 'Category', 'register_dataset', 'load_category', 'list_images', 'subfolders', 'mvtec',
            'make_miniature', 'Preprocess', 'image_size', 'read_mask', 'read_masks', 'check_category', 'batches',
-           'hold_out']
+           'check_split', 'hold_out']
 
 # %% ../nbs/01_data.ipynb #97adc4da
 import warnings
@@ -82,8 +82,8 @@ def subfolders(
     folder:str|Path, # where to look; need not be there
 )->list[Path]: # sorted by name, hidden ones left out
     "The folders of a folder."
-    folder = Path(folder)
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.')) if folder.is_dir() else []
+    try: return sorted(p for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith('.')) if Path(folder).is_dir() else []
+    except OSError as e: raise DataError(f'{folder} cannot be listed ({e.strerror}): check the path and its permissions') from None
 
 # %% ../nbs/01_data.ipynb #5b83a476
 def _find_masks(folder:Path)->dict[str,Path]:
@@ -239,8 +239,11 @@ def check_category(
 
 # %% ../nbs/01_data.ipynb #2a04c22b
 def _ahead(
-    f:Callable, items:Sequence, num_workers:int, depth:int
-)->Iterator:
+    f:Callable,      # item -> anything
+    items:Sequence,  # what to map over
+    num_workers:int, # threads, at least 1
+    depth:int        # items in flight, at least 1
+)->Iterator: # results, in the order of the items
     "Map `f` over `items` in threads, in order, at most `depth` of them in flight."
     with ThreadPoolExecutor(num_workers) as pool:
         rest, flying = iter(items), deque()
@@ -269,13 +272,19 @@ def batches(
 TURNS = {'as it is': lambda im: im, '90': lambda im: im.transpose(Image.Transpose.ROTATE_90), '180': lambda im: im.transpose(Image.Transpose.ROTATE_180),
          '270': lambda im: im.transpose(Image.Transpose.ROTATE_270), 'mirrored': ImageOps.mirror}
 
+def check_split(
+    fraction:float, # part that is kept for training
+):
+    "Raise unless it lies in (0, 1]."
+    if not 0 < fraction <= 1: raise ArgumentError(f'train_val_split must be in (0, 1], got {fraction}: pass 0.8 to train on 80%')
+
 def hold_out(
     n:int,          # number of training images
     fraction:float, # part that is kept for training, in (0, 1]
     seed:int=0,     # which ones are held out
 )->tuple[list[int],list[int]]: # sorted indices to train on; to hold out
     "Split good images at random into those to remember and those to calibrate with."
-    if not 0 < fraction <= 1: raise ArgumentError(f'train_val_split must be in (0, 1], got {fraction}: pass 0.8 to train on 80%')
+    check_split(fraction)
     keep = n if fraction == 1 else int(n*fraction)
     if not keep or (fraction < 1 and keep == n): raise ArgumentError(f'train_val_split {fraction} leaves {keep} of {n} images to train on and {n-keep} to calibrate: both must be at least 1')
     order = torch.randperm(n, generator=generator(seed)).tolist()

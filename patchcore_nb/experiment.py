@@ -7,14 +7,13 @@ __all__ = ['REFERENCE_COLUMNS', 'METRICS', 'SETTINGS', 'JPEG', 'judge', 'with_me
            'find_unfinished', 'picture_name', 'save_pictures', 'Run', 'run']
 
 # %% ../nbs/10_experiment.ipynb #cb7a637d
-import itertools, json, warnings
+import itertools, json, os, warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
 
 from .core import *
 from .data import Category, Preprocess, Sample, check_category, read_masks
@@ -64,6 +63,7 @@ def run_folder(
     group:str,        # LOG_GROUP
 )->Path: # a folder that did not exist
     "Make the folder of a new run."
+    if not group: raise ArgumentError('log_group must not be empty: pass a name for the folder of the run')
     home = make_folder(Path(results)/project)
     for name in itertools.chain([group], (f'{group}_{i}' for i in itertools.count())):
         try:
@@ -82,7 +82,9 @@ def settings_of(
 )->dict: # plain values
     "What a run was asked for: all that its results depend on."
     params = {k: list(v) if isinstance(v, tuple) else v for k, v in model.get_params().items() if k not in RUNTIME}
-    return dict(model=params, categories=[o.key for o in categories], n_images=[[len(o.train), len(o.test)] for o in categories], **outputs)
+    weights = model.weights_dir or os.environ.get('PATCHCORE_NB_WEIGHTS')
+    return dict(model=params, categories=[o.key for o in categories], folders=[str(o.train[0].path.resolve().parent) for o in categories],
+                n_images=[[len(o.train), len(o.test)] for o in categories], weights=weights and str(Path(weights).resolve()), **outputs)
 
 def _write_state(folder:Path, settings:dict, report:pd.DataFrame, complete:bool):
     "Write the tables, the settings and the figures so far."
@@ -97,7 +99,7 @@ def _read_state(folder:Path)->tuple[dict|None,pd.DataFrame]: # settings, None if
     try:
         state = json.loads((folder/SETTINGS).read_text(encoding='utf-8'))
         return None if state['complete'] else state['settings'], pd.DataFrame.from_dict(state['figures'], orient='index')
-    except (OSError, ValueError, KeyError): return None, pd.DataFrame()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError): return None, pd.DataFrame()
 
 # %% ../nbs/10_experiment.ipynb #f8179381
 def find_unfinished(
@@ -157,8 +159,8 @@ def _one_category(model:PatchCore, category:Category, folder:Path, save_model:bo
     return figures
 
 def _check(model:PatchCore, categories:Sequence[Category]):
-    "Look for whatever is wrong before the work begins."
-    model.check()
+    "Look for whatever is wrong before the work begins, on a copy of the model."
+    model = PatchCore(**model.get_params()).check()
     for o in categories:
         if not o.test: raise DataError(f'{o.key} has no test images: put some into test/good and test/DEFECT')
         model.check_size(len(o.train))

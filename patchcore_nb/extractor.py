@@ -106,17 +106,18 @@ def _build(library:str, name:str, pretrained:bool)->nn.Module:
         return timm.create_model(name, pretrained=pretrained)
     import torchvision.models as tv
     weights = tv.get_model_weights(name)
-    kw = {'init_weights': True} if name in ('googlenet', 'inception_v3') and not pretrained else {}
+    kw = dict(init_weights=True, transform_input=True) if name in ('googlenet', 'inception_v3') and not pretrained else {} # as their weights expect it
     return tv.get_model(name, weights=getattr(weights, 'IMAGENET1K_V1', weights.DEFAULT) if pretrained else None, **kw)
 
 def _download(library:str, name:str, asked:str)->nn.Module:
     "The library's own weights, or an error that names every way out."
+    before = logging.root.manager.disable
     logging.disable() # a library that fails to download prints pages of tracebacks first
     try: return _build(library, name, pretrained=True)
     except Exception as e:
         raise DataError(f'no weights for {asked}: no {asked}.safetensors, .pth or .pt in --weights_dir or PATCHCORE_NB_WEIGHTS, and the download by {library} failed ({why(e)[:120]}): '
                         f'put {asked}.pth into a folder and pass it as --weights_dir, or use the backbone filterbank, which needs none') from None
-    finally: logging.disable(logging.NOTSET)
+    finally: logging.disable(before)
 
 def create_backbone(
     name:str,                         # a name in `BACKBONES`, torchvision or timm, perhaps with ".seed-N"
@@ -130,7 +131,7 @@ def create_backbone(
     library, there = find_backbone(name)
     path = find_weights([name, there], weights_dir) if weights == 'pretrained' and library != 'ours' else None
     with torch.random.fork_rng(devices=[]): # building draws random weights: leave the global state as it was
-        torch.manual_seed(seed if own_seed is None else own_seed)
+        torch.default_generator.manual_seed(seed if own_seed is None else own_seed)
         if library == 'ours': model = BACKBONES[there]()
         elif weights == 'random': model = _build(library, there, pretrained=False)
         elif path: model = put_weights(_build(library, there, pretrained=False), path)
@@ -175,7 +176,8 @@ class Extractor(nn.Module):
             if len(seen) == len(self.layers): raise _Enough
         hooks = [m.register_forward_hook(lambda m, args, out, name=name: catch(name, out))
                  for name, m in zip(self.layers, find_layers(self.backbone, self.layers))]
-        try: self.backbone(images)
+        try:
+            with full_precision(): self.backbone(images)
         except _Enough: pass
         finally:
             for o in hooks: o.remove()
@@ -198,6 +200,7 @@ def map_shapes(
     "Shapes of the feature maps for one input size, found by a dry run."
     device = next((o.device for o in [*extractor.parameters(), *extractor.buffers()]), torch.device('cpu'))
     try: maps = extractor(torch.zeros(1, 3, size, size, device=device))
+    except PatchCoreError: raise
     except (RuntimeError, ValueError, AssertionError) as e:
         raise ArgumentError(f'the backbone cannot take images of {size} x {size} ({str(e).splitlines()[0][:120]}): pass another --imagesize') from None
     return {k: tuple(v.shape[1:]) for k, v in maps.items()}

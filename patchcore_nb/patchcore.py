@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from .aggregator import Aggregator
 from .core import *
 from .core import unknown
-from .data import Category, Preprocess, Sample, TURNS, batches, hold_out, list_images
+from .data import Category, Preprocess, Sample, TURNS, batches, check_split, hold_out, list_images
 from .evaluation import conformal_threshold, images_needed
 from .extractor import Extractor, create_backbone, map_shapes, split_seed
-from .filterbank import FilterBank
+from .filterbank import FilterBank # which registers itself
 from .samplers import coreset, coreset_size
 from .scorer import PATCH_SCORES, Scorer, make_maps
 
@@ -82,7 +82,8 @@ def __repr__(self:PatchCore):
 # %% ../nbs/07_patchcore.ipynb #46dba31a
 @patch
 def _set_up(self:PatchCore):
-    "Build extractor and aggregator, and find the grid of patches."
+    "Build extractor and aggregator, and find the grid of patches; what was remembered is forgotten."
+    self.__dict__.pop('memory_bank_', None)
     if not self.false_alarms or not 0 < self.false_alarms < 1: raise ArgumentError(f'false_alarms must be in (0, 1), got {self.false_alarms}: pass 0.05')
     self.preprocess_ = Preprocess(self.resize, self.imagesize)
     self.device_ = pick_device(self.device)
@@ -92,9 +93,17 @@ def _set_up(self:PatchCore):
     shapes = list(map_shapes(self.extractor_, self.imagesize).values()) # (C, h, w) of each layer
     self.aggregator_ = Aggregator(self.patchsize, self.pretrain_dim, self.target_dim, self.stride, self.more_patchsizes, self.preprocessing, self.aggregation, self._seed())
     self.grid_ = self.aggregator_.grid(*shapes[0][1:])
+    self._check_patchsizes(shapes)
     self.aggregator_.fit([s[0] for s in shapes], self.device_)
     self.scorer_ = Scorer(self.k, self.patch_score, self.search_threads)
     return self
+
+@patch
+def _check_patchsizes(self:PatchCore, shapes:list[tuple[int,int,int]]):
+    "Raise unless every neighbourhood finds room in every layer's map."
+    for p in (self.patchsize, *self.more_patchsizes):
+        for layer, (_, h, w) in zip(self.layers, shapes):
+            if min(h, w)+2*((p-1)//2) < p: raise ArgumentError(f'patchsize {p} is larger than the map of {layer}, {h} x {w} cells: pass a smaller patch size or a larger --imagesize')
 
 @patch
 def _seed(self:PatchCore)->int:
@@ -107,7 +116,7 @@ def _seed(self:PatchCore)->int:
 def check(self:PatchCore)->PatchCore: # itself
     "Refuse arguments that cannot work, before any image is read."
     coreset_size(1, self.ratio, self.sampler)
-    hold_out(1000, self.train_val_split)
+    check_split(self.train_val_split)
     if self.k < 1: raise ArgumentError(f'k must be at least 1 neighbour, got {self.k}')
     if self.patch_score not in PATCH_SCORES: raise unknown('patchscore', self.patch_score, PATCH_SCORES)
     return self._set_up()
@@ -131,6 +140,7 @@ def as_items(
     if isinstance(images, Category): images = images.train
     if isinstance(images, (str, Path)): images = list_images(images) if Path(images).is_dir() else [images]
     if isinstance(images, (np.ndarray, Tensor)) and images.ndim < 4: images = [images]
+    if isinstance(images, Iterator): images = list(images)
     if not isinstance(images, (Sequence, np.ndarray, Tensor)): images = [images]
     items = [o.path if isinstance(o, Sample) else o for o in images]
     if not items: raise DataError('no images to work on: pass a folder that holds some, a list of paths, or arrays')
@@ -145,9 +155,10 @@ def _embed(self:PatchCore,
     def load(o):
         item, turn = o if isinstance(o, tuple) else (o, 'as it is')
         return to_tensor(TURNS[turn](self.preprocess_.crop(to_pil(item))))
-    with torch.inference_mode(), progress(None, what, len(items), self.show) as bar:
+    with progress(None, what, len(items), self.show) as bar:
         for x in batches(items, load, self.batch_size, self.num_workers):
-            yield self.aggregator_(self.extractor_(x.to(self.device_)))
+            with torch.inference_mode(): patches = self.aggregator_(self.extractor_(x.to(self.device_)))
+            yield patches
             bar.update(len(x))
 
 # %% ../nbs/07_patchcore.ipynb #5532e90e
@@ -170,7 +181,7 @@ def _calibrate(self:PatchCore, items:Sequence):
     if not hasattr(self.extractor_.backbone, 'calibrate'): return
     def load(o): return self.preprocess_(to_pil(o))
     seen = batches(items, load, self.batch_size, self.num_workers)
-    with progress(seen, 'calibrating', math.ceil(len(items)/self.batch_size), self.show, 'batch') as bar:
+    with full_precision(), progress(seen, 'calibrating', math.ceil(len(items)/self.batch_size), self.show, 'batch') as bar:
         self.extractor_.backbone.calibrate(x.to(self.device_) for x in bar)
 
 # %% ../nbs/07_patchcore.ipynb #169be2ea

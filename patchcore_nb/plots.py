@@ -9,7 +9,7 @@ __all__ = ['INK', 'LINE', 'CYAN', 'GOOD', 'BAD', 'colour_range', 'to_colours', '
 
 # %% ../nbs/09_plots.ipynb #a4f9f74b
 import base64, io
-from functools import lru_cache, partial
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 

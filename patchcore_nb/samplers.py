@@ -135,9 +135,9 @@ def start_norm(
     bank:Tensor, # (N, d)
 )->Tensor: # (N,)
     "Norm of each row of the matrix of all distances: where greedy_coreset starts."
-    x = bank-bank.mean(0)
-    sq = x.double().square().sum(1) # (N,)
-    return (len(bank)*sq+sq.sum()).sqrt().to(bank.dtype)
+    centre = bank.mean(0)
+    sq = torch.cat([(x-centre).cpu().double().square().sum(1) for x in bank.split(4096)]) # (N,)
+    return (len(bank)*sq+sq.sum()).sqrt().to(bank.dtype).to(bank.device)
 
 # %% ../nbs/04_samplers.ipynb #f10c89f0
 def naive_cover_radius(
@@ -169,7 +169,7 @@ SAMPLERS:dict[str,Callable] = {}
 
 def register_sampler(
     name:str, # what the command line shall call it
-)->Callable: # decorator for a function (bank, n, start, seed, show) -> Picks
+)->Callable: # decorator for a function (bank (N, D), sizes ascending, seed, show) -> Picks for each stage between two sizes
     "Give a sampler a name."
     def add(f): SAMPLERS[name] = f; return f
     return add
@@ -183,7 +183,7 @@ class Coreset:
     radii:list[float]   # true cover radius at each of `sizes`, in the full space
 
 # %% ../nbs/04_samplers.ipynb #23549b79
-def _greedy(bank:Tensor, start:Tensor, n:int, sizes:list[int], show:bool)->list[Picks]:
+def _greedy(bank:Tensor, start:Tensor, sizes:list[int], show:bool)->list[Picks]:
     "Greedy picks in stages that end at `sizes`; the nearest pick of each row is known after each stage."
     stages, done, nearest = [], 0, torch.full((len(bank),), -1, device=bank.device)
     with progress(None, 'coreset', sizes[-1], show, 'pick') as bar:
@@ -195,17 +195,27 @@ def _greedy(bank:Tensor, start:Tensor, n:int, sizes:list[int], show:bool)->list[
     return stages
 
 @register_sampler('approx_greedy_coreset')
-def approx_greedy(bank:Tensor, n:int, sizes:list[int], seed:int, show:bool)->list[Picks]:
+def approx_greedy(
+    bank:Tensor,     # (N, D)
+    sizes:list[int], # of nested coresets, ascending
+    seed:int,        # of projection and starting rows
+    show:bool,       # draw a progress bar?
+)->list[Picks]: # a stage for each size
     "Greedy k-centre on a 128-dimensional projection, started at the mean distance to ten random rows."
     low = project(bank, 128, seed)
     points = torch.randperm(len(bank), generator=generator(seed))[:10]
-    return _greedy(low, start_mean(low, points.to(bank.device)), n, sizes, show)
+    return _greedy(low, start_mean(low, points.to(bank.device)), sizes, show)
 
 @register_sampler('greedy_coreset')
-def greedy(bank:Tensor, n:int, sizes:list[int], seed:int, show:bool)->list[Picks]:
+def greedy(
+    bank:Tensor,     # (N, D)
+    sizes:list[int], # of nested coresets, ascending
+    seed:int,        # of the projection
+    show:bool,       # draw a progress bar?
+)->list[Picks]: # a stage for each size
     "Greedy k-centre on a 128-dimensional projection, started at the norm of each row of all distances."
     low = project(bank, 128, seed)
-    return _greedy(low, start_norm(low), n, sizes, show)
+    return _greedy(low, start_norm(low), sizes, show)
 
 # %% ../nbs/04_samplers.ipynb #e82d5449
 def _as_stages(bank:Tensor, idxs:Tensor, sizes:list[int])->list[Picks]:
@@ -214,21 +224,31 @@ def _as_stages(bank:Tensor, idxs:Tensor, sizes:list[int])->list[Picks]:
     return [Picks(idxs[a:b], nan[a:b], none, none) for a, b in zip([0, *sizes], sizes)]
 
 @register_sampler('random')
-def random_rows(bank:Tensor, n:int, sizes:list[int], seed:int, show:bool)->list[Picks]:
+def random_rows(
+    bank:Tensor,     # (N, D)
+    sizes:list[int], # of nested coresets, ascending
+    seed:int,        # of the rows
+    show:bool,       # there is nothing to show
+)->list[Picks]: # a stage for each size
     "Rows at random: the baseline that a coreset must beat."
-    idxs = torch.randperm(len(bank), generator=generator(seed))[:n]
+    idxs = torch.randperm(len(bank), generator=generator(seed))[:sizes[-1]]
     low, stages = project(bank, 128, seed), _as_stages(bank, idxs, sizes)
     centre = low.mean(0)
     for i, size in enumerate(sizes):
         anchors, nearest = low.new_full((len(low),), torch.inf), stages[i].nearest.clone()
-        _lower(low, _sq_norms(low, centre), centre, idxs[:size].to(low.device), 0, anchors, nearest)
+        _lower(low, _sq_norms(low, centre), centre, idxs[:size].to(low.device), 0, anchors, nearest, block=max(1, 2**24//size))
         stages[i] = stages[i]._replace(nearest=nearest)
     return stages
 
 @register_sampler('identity')
-def identity(bank:Tensor, n:int, sizes:list[int], seed:int, show:bool)->list[Picks]:
+def identity(
+    bank:Tensor,     # (N, D)
+    sizes:list[int], # [N]
+    seed:int,        # there is no chance in it
+    show:bool,       # there is nothing to show
+)->list[Picks]: # one stage
     "All rows."
-    return _as_stages(bank, torch.arange(len(bank)), [len(bank)])
+    return _as_stages(bank, torch.arange(len(bank)), sizes)
 
 # %% ../nbs/04_samplers.ipynb #a6420251
 def coreset_size(
@@ -250,11 +270,11 @@ def coreset(
 )->Coreset:
     "Pick a coreset and measure how well it covers the bank."
     n = coreset_size(len(bank), ratio, sampler)
-    if n == len(bank): return Coreset(torch.arange(n), torch.full((n,), torch.nan), [n], [0.])
-    sizes = sorted({max(1, n//2**i) for i in range(5)})
-    stages = SAMPLERS[sampler](bank, n, sizes, seed, show)
+    if n == len(bank): sampler = 'identity'
+    sizes = [n] if sampler == 'identity' else sorted({max(1, n//2**i) for i in range(5)})
+    stages = SAMPLERS[sampler](bank, sizes, seed, show)
     idxs, dists = (torch.cat([getattr(p, f) for p in stages]) for f in ('idxs', 'anchor_dists'))
-    radii = [cover_radius(bank, idxs[:m], p.nearest) for m, p in zip(sizes, stages)]
+    radii = [cover_radius(bank, idxs[:m], p.nearest) if m < len(bank) else 0. for m, p in zip(sizes, stages)]
     return Coreset(idxs, dists, sizes, radii)
 
 # %% ../nbs/04_samplers.ipynb #d14e7928

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from scipy.ndimage import gaussian_filter1d
+from scipy.ndimage import gaussian_filter, gaussian_filter1d
 from torch import Tensor
 
 from .core import *
@@ -180,6 +180,7 @@ class Scorer:
     ):
         "Remember the bank."
         if self.how not in PATCH_SCORES: raise unknown('patchscore', self.how, PATCH_SCORES)
+        if self.how == 'reweighted' and len(memory_bank) < 2: raise ArgumentError('reweighted needs at least 2 patches in the memory bank: keep more (-p)')
         if not 1 <= self.k <= len(memory_bank): nearest_neighbours(memory_bank[:1], memory_bank, self.k)
         self.centre_ = memory_bank.mean(0)
         self.centred_ = memory_bank-self.centre_

@@ -119,6 +119,25 @@ def test_resume(call, tmp_path, data, monkeypatch):
     assert resumed.read_bytes() == (tmp_path/'results'/'project'/'group_0'/'results.csv').read_bytes()
 
 
+def test_resume_takes_no_other_data_for_its_own(call, tmp_path, data):
+    other = make_miniature(tmp_path/'other')
+    shutil.copytree(other/'tile', other/'second')
+    (other/'second'/'train'/'good'/'003.png').write_bytes((other/'second'/'train'/'good'/'003.png').read_bytes()[:2000])
+    both = f'{SMALL} -d tile -d second'
+    refused(call(dataset=both, path=other), 1, 'cannot be read')
+    shutil.copytree(data/'tile', data/'second')
+    code, _, out = call('--resume', dataset=both)
+    assert code == 0 and 'resumed' not in out and (tmp_path/'results'/'project'/'group_0').is_dir()
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{"complete": false}', '{"complete": false, "settings": {}, "figures": 3}'])
+def test_resume_beside_an_odd_run(call, tmp_path, text):
+    home = tmp_path/'results'/'project'/'group'
+    home.mkdir(parents=True)
+    (home/'run.json').write_text(text)
+    assert call('--resume')[0] == 0 and (home.with_name('group_0')/'results.csv').exists()
+
+
 # Flags
 
 SEED_COMMAND = '''--gpu 0 --seed 0 --save_patchcore_model --log_group IM224_WR50_L2-3_P01_D1024-1024_PS-3_AN-1_S0 --log_project MVTecAD_Results results patch_core
@@ -221,8 +240,10 @@ def test_threshold_from_held_out_images(call, tmp_path):
     (dict(dataset=f'{SMALL} -d tile --imagesize 65'), ['larger than resize']),
     (dict(dataset=f'{SMALL} -d tile --train_val_split 0'), ['(0, 1]']), (dict(dataset=f'{SMALL} -d tile --train_val_split 0.01'), ['at least 1']),
     (dict(dataset=f'{SMALL} -d tile --batch_size 0'), ['batch_size']), (dict(dataset=SMALL), ['subdatasets']), (dict(dataset=f'{SMALL} -d tile -d tile'), ['twice']),
-    (dict(args='--gpu -2 results patch_core -b resnet18 -le layer2 sampler identity dataset -d a mvtec b'.split()), ['index of a device']), (dict(group='--no_such_flag'), ['no_such_flag']), (dict(group='--model_format pickle'), ['pickle']),
-    (dict(args=['results']), []), (dict(args=['r', 'sampler', 'identity']), ['patch_core', 'missing']),
+    (dict(args='--gpu -2 results patch_core -b resnet18 -le layer2 sampler identity dataset -d a mvtec b'.split()), ['index of a device']), (dict(group='--no_such_flag'), ['no_such_flag']), (dict(group='--model_format pickle'), ['pickle']), (dict(group='--model_format ours'), ['--save_patchcore_model']),
+    (dict(group='--seed 99999999999999999999'), ['seed']), (dict(core=CORE+' --weights_dir x'), ['--weights random']), (dict(core='-b filterbank -le layer2 --weights random'), ['has no weights']),
+    (dict(dataset=f'--resize 16 --imagesize 16 -d tile', core=CORE+' -pa 2'), ['larger than the map of layer3']), (dict(group='--log_group='), ['log_group']), (dict(args=[]), ['RESULTS_PATH']),
+    (dict(args=['results']), ['RESULTS_PATH patch_core']), (dict(args=['r', 'sampler', 'identity']), ['patch_core', 'missing']),
     (dict(args=['r', 'patch_core_loader', '-p', 'x']), ['patch_core_loader', 'store.load']), (dict(args=['r', 'patch_cor']), ['patch_cor'])])
 def test_usage_errors(call, tmp_path, kw, words):
     refused(call(**kw), 2, *words)
