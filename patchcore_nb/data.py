@@ -192,6 +192,7 @@ def _same_size(mask:Path, got:tuple[int,int], image:Path, want:tuple[int,int]):
     if got != want: want = read_image(image).size # a PNG may tell only after its pixels that it lies on its side
     if got != want: raise DataError(f'mask {mask} is {got[0]} x {got[1]}, but its image {image} is {want[0]} x {want[1]}: give the mask the size of the image')
 
+# %% ../nbs/01_data.ipynb #ca900847
 def _mask_values(im:Image.Image)->np.ndarray: # (H, W) float64
     "The numbers of a mask, zero where nothing is marked: deep ones as they are, a transparent layer on black."
     im = ImageOps.exif_transpose(im)
@@ -210,6 +211,7 @@ def read_mask(
     white = Image.fromarray((grey*255//(grey.max() or 1)).astype(np.uint8))
     return torch.from_numpy(np.asarray(preprocess.crop(white)) == 255)
 
+# %% ../nbs/01_data.ipynb #880fbcfd
 def read_masks(
     samples:Sequence[Sample], # test samples
     preprocess:Preprocess,    # as for the images

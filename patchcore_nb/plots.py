@@ -314,6 +314,7 @@ def _framed(axs, image:Image.Image, box:tuple, colour:str, times:float=4):
     x, y = (min(max((a+b)/2, r), n-r)-.5 for a, b, n in ((x0, x1, image.width), (y0, y1, image.height)))
     axs[1].set(xlim=(x-r, x+r), ylim=(y+r, y-r))
 
+# %% ../nbs/09_plots.ipynb #8242a369
 def plot_match(
     model:PatchCore,       # fitted
     prediction:Prediction, # of this model

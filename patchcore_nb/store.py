@@ -219,6 +219,7 @@ def _check_place(folder:Path):
     others = [p.name for p in folder.iterdir() if p.name not in (TENSORS, VALUES) and not p.name.endswith((PARAMS, INDEX))] if folder.is_dir() else []
     if others: raise DataError(f'{folder} holds other things than a model ({min(others)}): choose another folder')
 
+# %% ../nbs/08_store.ipynb #faa3e622
 def save(
     model:PatchCore,         # fitted
     folder:str|Path,         # where to; an older model there is replaced
