@@ -131,6 +131,15 @@ def patch_grid(
     return size
 
 # %% ../nbs/03_aggregator.ipynb #b70352ea
+def _check_settings(a:'Aggregator'):
+    "Refuse settings that no embedding can have."
+    for name in ('patchsize', 'pretrain_dim', 'target_dim', 'stride'):
+        if getattr(a, name) < 1: raise ArgumentError(f'{name} must be at least 1, got {getattr(a, name)}: pass a whole number from 1')
+    if min(a.more_patchsizes, default=1) < 1: raise ArgumentError(f'patchsize_aggregate must be at least 1, got {min(a.more_patchsizes)}: pass a whole number from 1')
+    if a.preprocessing not in ('mean', 'conv'): raise unknown('preprocessing', a.preprocessing, ['mean', 'conv'])
+    if a.aggregation not in ('mean', 'mlp'): raise unknown('aggregation', a.aggregation, ['mean', 'mlp'])
+
+# %% ../nbs/03_aggregator.ipynb #516c3624
 class Aggregator:
     "Feature maps to patch embeddings, by one grouped convolution a layer and an upsampling."
     def __init__(self,
@@ -146,19 +155,12 @@ class Aggregator:
         self.patchsize, self.pretrain_dim, self.target_dim, self.stride = patchsize, pretrain_dim, target_dim, stride
         self.more_patchsizes, self.preprocessing, self.aggregation, self.seed = tuple(more_patchsizes), preprocessing, aggregation, seed
 
-    def _check(self):
-        for name in ('patchsize', 'pretrain_dim', 'target_dim', 'stride'):
-            if getattr(self, name) < 1: raise ArgumentError(f'{name} must be at least 1, got {getattr(self, name)}')
-        if min(self.more_patchsizes, default=1) < 1: raise ArgumentError(f'patchsize_aggregate must be at least 1, got {min(self.more_patchsizes)}')
-        if self.preprocessing not in ('mean', 'conv'): raise unknown('preprocessing', self.preprocessing, ['mean', 'conv'])
-        if self.aggregation not in ('mean', 'mlp'): raise unknown('aggregation', self.aggregation, ['mean', 'mlp'])
-
     def fit(self,
         channels:Sequence[int],  # C of each layer, in order
         device:torch.device='cpu', # where the feature maps will be
     ):
         "Build the kernels."
-        self._check()
+        _check_settings(self)
         self.kernels_ = []
         for p in (self.patchsize, *self.more_patchsizes):
             ws = operator(channels, p, self.pretrain_dim, self.target_dim, self.preprocessing, self.aggregation, self.seed)
@@ -171,7 +173,7 @@ class Aggregator:
         h:int, w:int, # the first layer's map
     )->tuple[int,int]: # rows and columns of patches
         "The grid of patches over an image."
-        self._check()
+        _check_settings(self)
         for p in self.more_patchsizes: patch_grid(h, w, p, self.stride)
         return patch_grid(h, w, self.patchsize, self.stride)
 
