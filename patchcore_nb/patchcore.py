@@ -125,11 +125,12 @@ def check(self:PatchCore)->PatchCore: # itself
 def check_size(self:PatchCore,
     n:int, # training images
 )->tuple[list[int],list[int],int]: # indices to remember; to hold out; M, patches that will be remembered
-    "Refuse a number of images that is too small for the split or for k."
+    "Refuse a number of images that is too small for the split, for k or for re-weighting."
     keep, held = hold_out(n, self.train_val_split, self.seed)
     h, w = self.grid_
     m = coreset_size(len(keep)*(len(TURNS) if self.augment else 1)*h*w, self.ratio, self.sampler)
     if self.k > m: raise ArgumentError(f'k = {self.k} neighbours asked of a memory bank of {m} patches: pass a smaller --anomaly_scorer_num_nn or keep more patches (-p)')
+    if self.patch_score == 'reweighted' and m < 2: raise ArgumentError('patchscore reweighted compares a patch of the memory bank with its neighbours, and there is only one: keep more patches (-p)')
     return keep, held, m
 
 # %% ../nbs/07_patchcore.ipynb #28f62aba

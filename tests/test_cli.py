@@ -236,6 +236,7 @@ def test_threshold_from_held_out_images(call, tmp_path):
     (dict(core=CORE.replace('layer3', 'fc')), ['not a map']), (dict(core=CORE+' -le layer2'), ['twice']), (dict(core=CORE+' --patchscore maks'), ['unknown patchscore', "'max'"]),
     (dict(core=CORE+' -b wideresnet50'), ['ensembles']), (dict(core=CORE+' --patchsize 0'), ['patchsize']), (dict(core=CORE+' --patchsize 99'), ['far larger than the feature map']),
     (dict(core=CORE+' --patchoverlap 1'), ['patchoverlap']), (dict(core=CORE+' --anomaly_scorer_num_nn 0'), ['anomaly_scorer_num_nn']),
+    (dict(core=CORE+' --patchscore reweighted', sampler='-p 0.0001 approx_greedy_coreset'), ['only one', '(-p)']),
     (dict(core=CORE+' --anomaly_scorer_num_nn 26'), ['memory bank of 25', '--anomaly_scorer_num_nn']),
     (dict(dataset=f'{SMALL} -d tile --imagesize 65'), ['larger than resize']),
     (dict(dataset=f'{SMALL} -d tile --train_val_split 0'), ['(0, 1]']), (dict(dataset=f'{SMALL} -d tile --train_val_split 0.01'), ['at least 1']),
