@@ -9,6 +9,9 @@ __all__ = []
 # %% ../nbs/00a_front.ipynb #bf287926
 _WHERE = {
     'core': 'ArgumentError DataError PatchCoreError read_image',
+    'search': 'SEARCHES',
+    'memory': '',
+    'cache': '',
     'data': 'Category DATASETS Preprocess Sample load_category register_dataset',
     'demo': 'DEMO_CATEGORIES demo_sample make_demo',
     'extractor': 'Extractor create_backbone register_backbone',
@@ -20,7 +23,7 @@ _WHERE = {
     'patchcore': 'PatchCore Prediction',
     'store': 'load save',
     'plots': '',
-    'experiment': 'run',
+    'experiment': 'run sweep',
     'cli': '',
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names.split()}

@@ -183,8 +183,10 @@ class Aggregator:
         "Patch embeddings on the grid of the first layer."
         maps = list(features.values())
         grid = self.grid(*maps[0].shape[2:])
-        with full_precision(): embedded = [embed(maps, ks, p, self.stride, grid, self.target_dim) for p, ks in self.kernels_]
-        out = embedded[0] if len(embedded) == 1 else torch.stack(embedded).mean(0)
+        out = None
+        with full_precision():
+            for p, ks in self.kernels_: out = embed(maps, ks, p, self.stride, grid, self.target_dim, out)
+        if len(self.kernels_) > 1: out /= len(self.kernels_)
         return rearrange(out, 'b d h w -> b h w d')
 
 # %% ../nbs/03_aggregator.ipynb #52e536ee
@@ -195,9 +197,12 @@ def embed(
     stride:int,               # of the convolutions
     grid:tuple[int,int],      # (h, w) to bring all layers to
     dim:int,                  # D
+    out:Tensor=None,          # (B, D, h, w) to add to, in place; default: zeros
 )->Tensor: # (B, D, h, w)
     "Apply one patch size's kernels and add up the layers' shares."
-    out = maps[0].new_zeros(len(maps[0]), dim, *grid)
+    if out is None:
+        layout = torch.channels_last if maps[0].is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format # as the maps have it
+        out = torch.empty(len(maps[0]), dim, *grid, device=maps[0].device, memory_format=layout).zero_()
     for x, k in zip(maps, kernels):
         y = F.conv2d(x, k.weight, stride=stride, padding=(patchsize-1)//2, groups=k.groups)
         if y.shape[2:] != grid: y = F.interpolate(y, grid, mode='bilinear', align_corners=False)

@@ -17,9 +17,11 @@ from .data import DATASETS, load_category
 from .demo import DEMO_CATEGORIES # the import registers the set
 from .extractor import BACKBONES
 from .experiment import REFERENCE_COLUMNS, Run, run
+from .memory import parse_size
 from .patchcore import PatchCore
 from .samplers import SAMPLERS, coreset_size
 from .scorer import PATCH_SCORES
+from .search import SEARCHES
 from .store import FORMATS
 
 # %% ../nbs/12_cli.ipynb #2fb4f4c8
@@ -48,6 +50,8 @@ class _Group(click.Group):
 @click.option('--save_patchcore_model', is_flag=True, help='Save the fitted models.')
 @click.option('--model_format', type=click.Choice(FORMATS), default='both', show_default=True, help="Save models as ours (safetensors and JSON), as the reference's two files, or both.")
 @click.option('--resume', is_flag=True, help='Go on with the newest unfinished run of this group that asked for the same.')
+@click.option('--memory_budget', default=None, help='Memory that may be taken: bytes, 600MB, 2GB; what is free if not given. Over it, patch embeddings go to a file in the results folder.')
+@click.option('--cache', default=None, help='Folder where the patch embeddings of each image are kept and looked up; may be deleted at any time.')
 def cli(**kw):
     "Find defects in images after seeing only good ones: RESULTS_PATH patch_core [...] sampler [...] dataset [...]"
 
@@ -66,6 +70,7 @@ def cli(**kw):
 @click.option('--patchsize_aggregate', '-pa', type=click.IntRange(1), multiple=True, help='Further patch sizes; the embedding is the mean over all.')
 @click.option('--faiss_on_gpu', is_flag=True, help='Search neighbours on the GPU, whatever --gpu says.')
 @click.option('--faiss_num_workers', type=click.IntRange(1), default=None, help="Threads of a search on the CPU; torch's own number if not given.")
+@click.option('--search', default='exact', show_default=True, help=f"How neighbours are searched: {', '.join(SEARCHES)}; all but exact tell their recall.")
 @click.option('--weights', type=click.Choice(['pretrained', 'random']), default='pretrained', show_default=True, help='Random weights are for timing and tests.')
 @click.option('--weights_dir', default=None, help='Folder with NAME.safetensors, NAME.pth or NAME.pt; else PATCHCORE_NB_WEIGHTS, else the download.')
 def patch_core(**kw): return 'patch_core', kw
@@ -117,17 +122,20 @@ def make_model(
     if core['weights_dir'] and core['weights'] == 'random': raise click.UsageError('--weights random takes nothing from --weights_dir: pass one of them')
     if core['backbone_names'][0] in BACKBONES and (core['weights_dir'] or core['weights'] == 'random'): raise click.UsageError(f"{core['backbone_names'][0]} has no weights: leave --weights and --weights_dir out")
     if group['model_format'] != 'both' and not group['save_patchcore_model']: raise click.UsageError('--model_format goes with --save_patchcore_model: pass both or neither')
+    parse_size(group['memory_budget'])
     return PatchCore(
         core['backbone_names'][0], core['layers_to_extract_from'], sampler['percentage'], sampler['name'], core['anomaly_scorer_num_nn'] or 1, core['patchscore'],
         core['patchsize'], core['patchsize_aggregate'], stride_of(core['patchsize'], core['patchoverlap']), core['pretrain_embed_dimension'],
         core['target_embed_dimension'], core['preprocessing'], core['aggregation'], data['resize'], data['imagesize'], data['augment'], data['train_val_split'],
         weights=core['weights'], seed=group['seed'], weights_dir=core['weights_dir'], device=group['gpu'][0], search_device=_search_device(core['faiss_on_gpu'], group['gpu'][0]),
-        search_threads=workers and _threads(workers), batch_size=data['batch_size'], num_workers=_threads(data['num_workers']), show=True)
+        search_threads=workers and _threads(workers), batch_size=data['batch_size'], num_workers=_threads(data['num_workers']), show=True,
+        search=core['search'], memory_budget=group['memory_budget'], cache=group['cache'])
 
 # %% ../nbs/12_cli.ipynb #54a3e9ec
 def show_run(
     done:Run,   # as `run` returns it
     group:dict, # flags of the command itself
+    search:str='exact', # of neighbours
 )->str: # several lines
     "The results table and where things are."
     columns = {'image_auroc': 'image AUROC', 'pixel_auroc': 'pixel AUROC', 'anomaly_pixel_auroc': 'anomaly pixel AUROC', 'threshold': 'threshold', 'false_alarms': 'false alarms', 'missed': 'missed'}
@@ -135,6 +143,7 @@ def show_run(
     lines = ['', table.to_string(float_format='%.4f', na_rep='-'), '', f'results:  {done.folder/"results.csv"}']
     if group['save_segmentation_images']: lines.append(f'pictures: {done.folder/"segmentation_images"}')
     if group['save_patchcore_model']: lines.append(f'models:   {done.folder/"models"}')
+    if 'search_recall' in done.report: lines.append(f'search:   {search} finds {done.report["search_recall"].min():.4%} of the nearest neighbours or more')
     if done.done_before: lines.append(f'resumed:  {done.done_before} categories had been done before')
     return '\n'.join(lines)
 
@@ -155,7 +164,7 @@ def _run_all(parts, **group):
     except OSError as e: raise DataError(f"{data['data_path']} cannot be read ({e.strerror}): check the path and its permissions") from None
     done = run(model, categories, group['results_path'], group['log_project'], group['log_group'], group['save_patchcore_model'],
                group['save_segmentation_images'], group['model_format'], group['resume'])
-    click.echo(show_run(done, group))
+    click.echo(show_run(done, group, flags['patch_core']['search']))
 
 # %% ../nbs/12_cli.ipynb #0990e8c7
 def _one_line(message, category, *args, **kw): print(f'warning: {message}', file=sys.stderr)

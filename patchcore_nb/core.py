@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'PatchCoreError', 'DataError', 'ArgumentError', 'nearest_names', 'why', 'unknown',
-           'generator', 'pick_device', 'full_precision', 'to_rgb', 'FirstFrameWarning', 'read_image', 'to_pil',
-           'normalise', 'denormalise', 'to_tensor', 'make_folder', 'replacing', 'replacing_folder', 'progress']
+           'generator', 'pick_device', 'full_precision', 'in_threads', 'to_rgb', 'FirstFrameWarning', 'read_image',
+           'to_pil', 'normalise', 'denormalise', 'to_tensor', 'make_folder', 'replacing', 'replacing_folder',
+           'progress']
 
 # %% ../nbs/00_core.ipynb #47a55bb6
-import contextlib, difflib, errno, os, shutil, warnings
+import contextlib, difflib, errno, math, os, shutil, warnings
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +96,26 @@ def full_precision():
     torch.backends.cudnn.allow_tf32 = False
     try: yield
     finally: torch.backends.cudnn.allow_tf32 = before
+
+# %% ../nbs/00_core.ipynb #77df4ff5
+def in_threads(
+    work:Callable, # slice -> anything; must not touch another share's rows
+    n:int,         # rows to share
+    device:torch.device=torch.device('cpu'), # where they are: only a CPU's cores share
+    least:int=64,  # rows that make a share worth a thread
+)->list: # what `work` returned for each share, in order
+    "Do some work on contiguous shares of rows, one torch thread each."
+    threads = torch.get_num_threads()
+    shares = max(1, min(threads, n//least)) if device.type == 'cpu' else 1
+    size = max(1, math.ceil(n/shares))
+    parts = [slice(i, min(i+size, n)) for i in range(0, n, size)] or [slice(0, 0)]
+    if shares == 1: return [work(o) for o in parts]
+    mode = torch.is_inference_mode_enabled() # which a new thread does not inherit
+    def run(part):
+        with torch.inference_mode(mode): return work(part)
+    try:
+        with ThreadPoolExecutor(shares, initializer=torch.set_num_threads, initargs=(1,)) as pool: return list(pool.map(run, parts))
+    finally: torch.set_num_threads(threads)
 
 # %% ../nbs/00_core.ipynb #18abd55a
 def _is_unsigned(im:Image.Image)->bool:

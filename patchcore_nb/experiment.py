@@ -4,22 +4,28 @@
 
 # %% auto #0
 __all__ = ['REFERENCE_COLUMNS', 'METRICS', 'SETTINGS', 'JPEG', 'judge', 'with_mean', 'write_results', 'run_folder', 'settings_of',
-           'find_unfinished', 'picture_name', 'save_pictures', 'Run', 'run']
+           'find_unfinished', 'picture_name', 'save_pictures', 'Run', 'search_recall', 'run', 'merge_neighbours',
+           'nested_neighbours', 'sweep']
 
 # %% ../nbs/10_experiment.ipynb #cb7a637d
-import itertools, json, os, warnings
-from collections.abc import Sequence
+import itertools, json, os, sys, warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
+from einops import rearrange
+from torch import Tensor
 
 from .core import *
-from .data import Category, Preprocess, Sample, check_category, read_masks
-from .evaluation import evaluate
-from .patchcore import PatchCore, Prediction, RUNTIME
+from .data import Category, Preprocess, Sample, _ahead, check_category, read_masks
+from .evaluation import auroc, evaluate
+from .patchcore import PatchCore, Prediction, RUNTIME, as_items
 from .plots import colour_range, draw_panel
+from .scorer import image_scores, make_maps, reweight
+from .search import SEARCHES, check_k, naive_neighbours
 from .store import formats_for, save
 
 # %% ../nbs/10_experiment.ipynb #39c5b325
@@ -135,11 +141,14 @@ def save_pictures(
     "Write image, mask, map and overlay of every test image."
     folder = make_folder(folder)
     low, top = colour_range(prediction.anomaly_maps, [o.label for o in samples])
-    with progress(samples, 'pictures', show=show) as bar:
-        for i, o in enumerate(bar):
-            mask = None if o.label and o.mask is None else read_masks([o], preprocess)[0].numpy()
-            panel = draw_panel(preprocess.crop(read_image(o.path)), mask, prediction.anomaly_maps[i], float(prediction.image_scores[i]), top, o.kind, prediction.threshold, low)
-            with replacing(folder/picture_name(o.path)) as temp: panel.save(temp, 'JPEG' if o.path.suffix.lower() in JPEG else 'PNG')
+    def draw(job):
+        i, o = job
+        mask = None if o.label and o.mask is None else read_masks([o], preprocess)[0].numpy()
+        panel = draw_panel(preprocess.crop(read_image(o.path)), mask, prediction.anomaly_maps[i], float(prediction.image_scores[i]), top, o.kind, prediction.threshold, low)
+        with replacing(folder/picture_name(o.path)) as temp: panel.save(temp, 'JPEG' if o.path.suffix.lower() in JPEG else 'PNG')
+    jobs, n = [*enumerate(samples)], os.cpu_count() or 1
+    with progress(_ahead(draw, jobs, n, 2*n), 'pictures', len(jobs), show) as bar:
+        for _ in bar: pass
     return folder
 
 # %% ../nbs/10_experiment.ipynb #ab9a8cb5
@@ -152,19 +161,30 @@ class Run:
 
 def _one_category(model:PatchCore, category:Category, folder:Path, save_model:bool, pictures:bool, model_format:str)->dict[str,float]:
     "Fit, predict, judge and save one category."
-    prediction = model.fit(category).predict(category.test)
+    model.spill_dir = folder
+    plan = model.plan(len(category.train), len(category.test))
+    if model.show: print(f'plan for {category.key}: {plan}', file=sys.stderr)
+    prediction = model.fit(category, plan=plan).predict(category.test)
     figures = judge(prediction, category.test, model.preprocess_)
+    if (recall := search_recall(model)) is not None: figures |= dict(search_recall=recall)
     if save_model: save(model, folder/'models'/category.key, model_format)
     if pictures: save_pictures(prediction, category.test, model.preprocess_, folder/'segmentation_images'/category.key, model.show)
     return figures
 
-def _check(model:PatchCore, categories:Sequence[Category]):
-    "Look for whatever is wrong before the work begins, on a copy of the model."
-    model = PatchCore(**model.get_params()).check()
+def search_recall(
+    model:PatchCore, # fitted
+)->float|None: # in [0, 1]; None: the search is exact
+    "The share of nearest neighbours that an approximate search finds."
+    return getattr(getattr(model.scorer_, 'search_', None), 'recall_', None)
+
+def _check(model:PatchCore, categories:Sequence[Category])->PatchCore: # a copy of the model, whose backbone is built
+    "Look for whatever is wrong before the work begins."
+    model = model.fresh().check()
     for o in categories:
         if not o.test: raise DataError(f'{o.key} has no test images: put some into test/good and test/DEFECT')
-        model.check_size(len(o.train))
+        model.plan(len(o.train), len(o.test))
         check_category(o, model.show)
+    return model
 
 # %% ../nbs/10_experiment.ipynb #eb0ce5fd
 def run(
@@ -180,7 +200,7 @@ def run(
 )->Run:
     "Fit and judge a model on each category, and write the results."
     said = formats_for(model, model_format)[2] if save_model else ''
-    _check(model, categories)
+    checked = _check(model, categories)
     if said: warnings.warn(said)
     settings = settings_of(model, categories, save_model=save_model, pictures=pictures, model_format=model_format)
     found = find_unfinished(results, project, group, settings) if resume else None
@@ -191,7 +211,79 @@ def run(
         if said: warnings.filterwarnings('ignore', message='the reference.s files cannot express')
         for o in categories:
             if o.key in report.index: continue
-            figures = _one_category(PatchCore(**model.get_params()), o, folder, save_model, pictures, model_format)
+            figures = _one_category(checked.fresh(), o, folder, save_model, pictures, model_format)
             report = pd.concat([report, pd.DataFrame(figures, [o.key])])
             _write_state(folder, settings, report, complete=len(report) == len(categories))
     return Run(folder, with_mean(report), before)
+
+# %% ../nbs/10_experiment.ipynb #0b2370ad
+def merge_neighbours(
+    dists:Tensor, idxs:Tensor, # (Q, k) squared distances, ascending, and rows of the bank
+    more:Tensor, rows:Tensor,  # (Q, k') of other rows of the bank, likewise
+    k:int,                     # how many to keep
+)->tuple[Tensor,Tensor]: # (Q, at most k) of both
+    "The nearest of two lists of neighbours."
+    d, at = torch.cat([dists, more], 1).sort(dim=1, stable=True)
+    return d[:, :k], torch.cat([idxs, rows], 1).gather(1, at)[:, :k]
+
+def nested_neighbours(
+    queries:Tensor,        # (Q, D)
+    searches:Sequence,     # one for each slice of the memory bank, fitted
+    sizes:Sequence[int],   # rows at which the slices end, ascending
+    k:int,                 # neighbours
+)->Iterator[tuple[Tensor,Tensor]]: # for each size (Q, k) squared distances, ascending; (Q, k) rows of the bank
+    "Neighbours in the first rows of a bank, for several numbers of rows."
+    dists, idxs = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for search, a, b in zip(searches, [0, *sizes], sizes):
+        more, rows = search(queries, min(k, b-a))
+        dists, idxs = merge_neighbours(dists, idxs, more, rows+a, k)
+        yield dists, idxs
+
+# %% ../nbs/10_experiment.ipynb #ba059ef0
+def _scores(q:Tensor, dists:Tensor, idxs:Tensor, how:str, bank:Tensor, search, shape:tuple[int,int,int])->tuple[Tensor,Tensor]: # (B,) image scores; (B, h, w) patch scores
+    "What a model with this memory bank would say of a batch."
+    grid = dists.mean(1).view(shape) # (B, h, w)
+    scores = image_scores(grid, how)
+    if how == 'reweighted':
+        worst = grid.flatten(1).argmax(1)+torch.arange(len(grid), device=q.device)*grid[0].numel() # (B,) rows of q
+        scores = reweight(scores, q[worst], idxs[worst, 0], bank, search=search)
+    return scores.cpu(), grid.cpu()
+
+def _sweep_scores(model:PatchCore, items:Sequence, sizes:list[int], ks:list[int], hows:Sequence[str])->dict[tuple,list]:
+    "Image and patch scores, a batch each, of every size, k and patch score."
+    ends, found = sorted(set(sizes)), {}
+    bank = model.memory_bank_.to(model.search_device_)
+    searches = [SEARCHES['exact']().fit(bank[a:b]) for a, b in zip([0, *ends], ends)]
+    whole = {m: SEARCHES['exact']().fit(bank[:m]) for m in ends if 'reweighted' in hows} # which looks for neighbours of neighbours
+    for patches in model._embed(items, 'scoring'):
+        q = rearrange(patches, 'b h w d -> (b h w) d').to(bank.device)
+        for m, (dists, idxs) in zip(ends, nested_neighbours(q, searches, ends, ks[-1])):
+            for k, how in itertools.product(ks, hows):
+                found.setdefault((m, k, how), []).append(_scores(q, dists[:, :k], idxs, how, bank[:m], whole.get(m), patches.shape[:3]))
+    return found
+
+# %% ../nbs/10_experiment.ipynb #f35bfb35
+def sweep(
+    model:PatchCore,             # its arguments but for ratio and k; not fitted, not changed
+    category:Category,           # what to fit on and to judge
+    ratios:Sequence[float],      # parts of the patches to remember, (0, 1)
+    ks:Sequence[int]=(1,),       # neighbours whose distances are averaged
+    patch_scores:Sequence[str]|None=None, # names in `PATCH_SCORES`; None: the model's own
+    all_pixels:bool=False,       # pixel AUROC for every row? default: for the last, of the largest ratio and k
+)->pd.DataFrame: # a row for each ratio, k and patch score: their number of patches, image_auroc, pixel_auroc
+    "Judge every combination of ratio, k and patch score, at the price of one; neighbours are searched exactly."
+    ratios, ks, hows = sorted(set(ratios)), sorted(set(ks)), list(patch_scores or [model.patch_score])
+    whole = model.fresh()
+    whole.ratio, whole.k, whole.patch_score = ratios[-1], ks[0], hows[0]
+    whole.fit(category)
+    sizes = [whole._smaller(r) for r in ratios]
+    check_k(ks[-1], sizes[0])
+    found = _sweep_scores(whole, as_items(category.test), sizes, ks, hows)
+    labels, masks = np.array([o.label for o in category.test]), read_masks(category.test, whole.preprocess_)
+    rows, last = [], (ratios[-1], ks[-1], hows[-1])
+    for (ratio, m), k, how in itertools.product(zip(ratios, sizes), ks, hows):
+        scores, grid = (torch.cat(o) for o in zip(*found[m, k, how]))
+        pixels = masks is not None and (all_pixels or (ratio, k, how) == last)
+        maps = make_maps(grid, (whole.imagesize,)*2) if pixels else None
+        rows.append(dict(ratio=ratio, k=k, patch_score=how, n_patches=m, image_auroc=auroc(scores, labels), pixel_auroc=auroc(maps, masks) if pixels else np.nan))
+    return pd.DataFrame(rows)

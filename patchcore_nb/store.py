@@ -45,7 +45,7 @@ def _write_ours(model:PatchCore, folder:Path, more:list[Path]):
     "Write our two files; `more` are the files beside them whose digests are noted too."
     state, tensors = model.get_state()
     (folder/TENSORS).write_bytes(save_tensors(tensors))
-    resized = f'shorter side to {model.resize} px (Pillow, bilinear, antialiased), middle {model.imagesize} x {model.imagesize}, ImageNet mean and deviation'
+    resized = f'shorter side to {model.preprocess_.resize} px (Pillow, bilinear, antialiased), middle {model.imagesize} x {model.imagesize}, ImageNet mean and deviation'
     values = dict(format=FORMAT, images=resized, **state, versions=versions(), sha256={p.name: digest(p) for p in [folder/TENSORS, *more]})
     (folder/VALUES).write_text(json.dumps(values, indent=1)+'\n', encoding='utf-8')
 
@@ -175,7 +175,7 @@ def not_in_reference(
 )->list[str]: # empty if the reference can express the model
     "What the reference's files cannot say about a model."
     name = split_seed(model.backbone)[0]
-    plain = dict(stride=1, more_patchsizes=(), preprocessing='mean', aggregation='mean', patch_score='max', k=1, weights='pretrained')
+    plain = dict(stride=1, more_patchsizes=(), preprocessing='mean', aggregation='mean', patch_score='max', k=1, weights='pretrained', search='exact')
     why = [] if BACK.get(name, name) in REFERENCE_BACKBONES else [f'the backbone {name}']
     own = {k: tuple(o) if isinstance(o := getattr(model, k), list) else o for k in plain}
     return why+[f'{k} {own[k]!r}' for k in plain if own[k] != plain[k]]

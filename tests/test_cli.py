@@ -196,6 +196,20 @@ def test_flags_of_dataset_do_something(call, tmp_path, flag, check):
     assert not torch.allclose(got, plain_scores(tmp_path, call))
 
 
+@pytest.mark.parametrize('search', ['fast', 'fp16', 'int8', 'ivfpq'])
+def test_approximate_searches_say_how_well_they_do(call, tmp_path, search):
+    if search == 'ivfpq': pytest.importorskip('faiss')
+    code, _, out = call('--save_patchcore_model --model_format ours', core=f'{CORE} --search {search}', sampler='-p 1 approx_greedy_coreset')
+    assert code == 0 and f'search:   {search} finds' in out
+    values = json.loads(next((tmp_path/'results').rglob('model.json')).read_text())
+    table = pd.read_csv(next((tmp_path/'results').rglob('metrics.csv')), index_col=0)
+    assert values['params']['search'] == search and 0 < table.loc['mvtec_tile', 'search_recall'] <= 1
+
+
+def test_the_exact_search_has_nothing_to_say(call, tmp_path):
+    assert 'search:' not in call()[2] and 'search_recall' not in next((tmp_path/'results').rglob('metrics.csv')).read_text()
+
+
 def test_augment(call, tmp_path): assert scores(tmp_path, call, dataset=f'{SMALL} -d tile --augment')[0].n_patches_ == 5*4*64
 
 
@@ -234,6 +248,7 @@ def test_threshold_from_held_out_images(call, tmp_path):
     (dict(sampler='gredy_coreset'), ['unknown sampler', "'greedy_coreset'"]), (dict(name='mvtek'), ['unknown dataset', "'mvtec'"]),
     (dict(core=CORE.replace('resnet18', 'resnet81')), ['unknown backbone', "'resnet18'"]), (dict(core=CORE.replace('layer3', 'layr3')), ['unknown layer', "'layer3'", 'layer1']),
     (dict(core=CORE.replace('layer3', 'fc')), ['not a map']), (dict(core=CORE+' -le layer2'), ['twice']), (dict(core=CORE+' --patchscore maks'), ['unknown patchscore', "'max'"]),
+    (dict(core=CORE+' --search exakt'), ['unknown search', "'exact'"]), (dict(group='--memory_budget much'), ['memory_budget', '2GB']), (dict(group='--memory_budget 50MB'), ['memory_budget of 50 MB is too small']),
     (dict(core=CORE+' -b wideresnet50'), ['ensembles']), (dict(core=CORE+' --patchsize 0'), ['patchsize']), (dict(core=CORE+' --patchsize 99'), ['far larger than the feature map']),
     (dict(core=CORE+' --patchoverlap 1'), ['patchoverlap']), (dict(core=CORE+' --anomaly_scorer_num_nn 0'), ['anomaly_scorer_num_nn']),
     (dict(core=CORE+' --patchscore reweighted', sampler='-p 0.0001 approx_greedy_coreset'), ['only one', '(-p)']),

@@ -1,0 +1,192 @@
+"The cache of patch embeddings: what is found, what is missed, what is damaged, and who else writes."
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from patchcore_nb import cache, patchcore
+from patchcore_nb.cli import main
+from patchcore_nb.core import DataError
+from patchcore_nb.data import load_category, make_miniature
+from patchcore_nb.experiment import sweep
+from patchcore_nb.extractor import Extractor
+from patchcore_nb.patchcore import PatchCore
+
+SMALL = dict(pretrain_dim=64, target_dim=64, imagesize=64, resize=64, batch_size=2, device='cpu', ratio=.2)
+
+
+@pytest.fixture
+def data(tmp_path): return make_miniature(tmp_path/'data', n_train=6)
+
+@pytest.fixture
+def tile(data): return load_category('mvtec', data, 'tile')
+
+@pytest.fixture
+def kept(tmp_path): return tmp_path/'cache'
+
+def model(kept=None, backbone='filterbank', **kw): return PatchCore(backbone, weights='random' if backbone == 'resnet18' else 'pretrained', cache=kept, **SMALL | kw)
+
+def files(kept): return {p: p.stat().st_mtime_ns for p in kept.rglob('*.safetensors')}
+
+@pytest.fixture
+def no_backbone(monkeypatch):
+    "From when this is called, no backbone may be used but for a dry run on zeros."
+    def forward(self, images, real=Extractor.forward):
+        assert not images.any(), 'the backbone was asked'
+        return real(self, images)
+    return lambda: monkeypatch.setattr(Extractor, 'forward', forward)
+
+@pytest.fixture(params=['filterbank', 'resnet18'])
+def backbone(request): return request.param
+
+
+def same(a, b):
+    for name in ('idxs_', 'memory_bank_', 'origin_'): assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+def test_a_sweep_never_runs_the_backbone_again(tile, kept, backbone, no_backbone):
+    "Ratio, k, patch score, sampler and search may change; the results are those without a cache, to the last bit."
+    first = model(kept, backbone).fit(tile)
+    first.predict(tile.test)
+    changed = [dict(ratio=.5), dict(k=3), dict(patch_score='mean'), dict(patch_score='reweighted', ratio=.4), dict(sampler='random'), dict(ratio=.1, num_workers=0)]
+    wanted = [(m := model(None, backbone, **kw).fit(tile), m.predict(tile.test)) for kw in changed]
+    before = files(kept)
+    no_backbone()
+    for kw, (m, p) in zip(changed, wanted):
+        again = model(kept, backbone, **kw).fit(tile)
+        same(again, m)
+        assert torch.equal(again.predict(tile.test).anomaly_maps, p.anomaly_maps)
+    assert files(kept) == before and len(before) == len(tile.train)+len(tile.test)+(backbone == 'filterbank')
+
+@pytest.mark.parametrize('kw', [dict(layers=('layer2',)), dict(layers=('layer3', 'layer2')), dict(resize=72), dict(imagesize=56), dict(patchsize=5), dict(more_patchsizes=(5,)), dict(stride=2), dict(pretrain_dim=48),
+                                dict(target_dim=48), dict(preprocessing='conv'), dict(aggregation='mlp'), dict(seed=1)])
+def test_another_setting_misses(tile, kept, kw):
+    "Each of these changes the embeddings of a random network, so nothing that is kept may be used."
+    model(kept, 'resnet18').fit(tile)
+    before = files(kept)
+    same(model(kept, 'resnet18', **kw).fit(tile), model(None, 'resnet18', **kw).fit(tile))
+    assert len(files(kept)) == 2*len(before)
+
+def test_the_seed_counts_where_it_matters(tile, kept):
+    "The filter bank has nothing random in it, but for the projections."
+    for kw, n in ((dict(seed=1), 7), (dict(seed=2), 7), (dict(seed=1, preprocessing='conv'), 14), (dict(seed=2, preprocessing='conv'), 21)):
+        model(kept, **kw).fit(tile)
+        assert len(files(kept)) == n, kw
+
+def test_a_changed_image_misses_and_a_renamed_one_does_not(tile, kept, no_backbone):
+    paths = [o.path for o in tile.train]
+    m = model(kept, 'resnet18').fit(paths)
+    n = len(files(kept))
+    Image.fromarray(255-np.asarray(Image.open(paths[1]))).save(paths[1])
+    new = model(kept, 'resnet18').fit(paths)
+    assert len(files(kept)) == n+1 and not torch.equal(new.idxs_, m.idxs_)
+    paths[2] = paths[2].rename(paths[2].with_name('another name.png'))
+    no_backbone()
+    same(model(kept, 'resnet18').fit(paths), new)
+
+def test_pictures_in_memory(kept, no_backbone):
+    "Arrays, tensors and Pillow images by their pixels, shape and type."
+    a = np.random.default_rng(0).integers(0, 255, (4, 64, 64, 3), np.uint8)
+    images = [*a, *(torch.from_numpy(o).permute(2, 0, 1) for o in a), *(Image.fromarray(o) for o in a), *(np.float32(o/255) for o in a)]
+    m = model(kept, 'resnet18').fit(images)
+    assert len(files(kept)) == 16
+    no_backbone()
+    same(model(kept, 'resnet18').fit([o.copy() if isinstance(o, np.ndarray) else o for o in images]), m)
+
+def test_turned_images_have_their_own(tile, kept, no_backbone):
+    m = model(kept, 'resnet18', augment=True).fit(tile)
+    assert len(files(kept)) == 5*len(tile.train)
+    no_backbone()
+    same(model(kept, 'resnet18', augment=True).fit(tile), m)
+    same(model(kept, 'resnet18').fit(tile), model(kept, 'resnet18').fit(tile)) # the unturned ones are there too
+
+def test_another_weights_file_misses(tile, kept, tmp_path):
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        torch.save(torchvision.models.resnet18().state_dict(), tmp_path/'resnet18.pth')
+        PatchCore('resnet18', weights_dir=tmp_path, cache=kept, **SMALL).fit(tile)
+    assert len(files(kept)) == 2*len(tile.train)
+
+def test_another_training_set_calibrates_anew(tile, kept):
+    "The filter bank's scale belongs to its training images, so even the images of both sets are embedded twice."
+    model(kept).fit(tile.train[:4])
+    model(kept).fit(tile.train[:5])
+    assert len(files(kept)) == 4+1+5+1
+
+def test_changed_code_misses(tile, kept, monkeypatch):
+    model(kept, 'resnet18').fit(tile)
+    n = len(files(kept))
+    monkeypatch.setattr(patchcore, 'code_state', lambda files, real=cache.code_state: real(files)|{'aggregator.py': 'edited'})
+    model(kept, 'resnet18').fit(tile)
+    assert len(files(kept)) == 2*n and len({*kept.iterdir()}) == 2
+
+def test_the_code_that_counts(tile, kept):
+    recipe = model(kept, 'resnet18').check()._recipe()['code']
+    assert {'aggregator.py', 'extractor.py', 'data.py', 'core.py', 'resnet.py', 'torch', 'pillow'} <= set(recipe)
+
+@pytest.mark.parametrize('damage', [lambda b: b[:-100], lambda b: b'', lambda b: b[:300]+bytes([b[300] ^ 4])+b[301:], lambda b: b[:-1]+bytes([b[-1] ^ 128]), lambda b: b'\xff'*len(b), lambda b: b+b'x'])
+def test_damage_is_found_and_mended(tile, kept, damage):
+    m = model(kept, 'resnet18').fit(tile)
+    whole = {p: p.read_bytes() for p in files(kept)}
+    for p, b in whole.items(): p.write_bytes(damage(b))
+    same(model(kept, 'resnet18').fit(tile), m)
+    sizes = {p: len(b) for p, b in whole.items()}
+    assert {p: p.stat().st_size for p in files(kept)} == sizes
+    same(model(kept, 'resnet18').fit(tile), m)
+
+def test_swapped_files_are_found(tile, kept):
+    m = model(kept, 'resnet18').fit(tile)
+    a, b = sorted(files(kept))[:2]
+    first = a.read_bytes()
+    a.write_bytes(b.read_bytes()), b.write_bytes(first)
+    same(model(kept, 'resnet18').fit(tile), m)
+
+def test_deleting_is_safe(tile, kept):
+    m = model(kept).fit(tile)
+    for p in sorted(files(kept))[::2]: p.unlink()
+    for name in ('memory_bank_', 'anchor_dists_'): torch.testing.assert_close(getattr(model(kept).fit(tile), name), getattr(m, name)) # other batches, other last digits
+    shutil.rmtree(kept)
+    same(model(kept).fit(tile), m)
+
+def test_a_folder_that_cannot_be(tile, tmp_path):
+    (tmp_path/'file').write_text('')
+    with pytest.raises(DataError, match='cannot be written'): model(tmp_path/'file', 'resnet18').fit(tile)
+
+BESIDE = '''
+import sys
+from patchcore_nb.data import load_category
+from patchcore_nb.patchcore import PatchCore
+m = PatchCore('filterbank', pretrain_dim=64, target_dim=64, imagesize=64, resize=64, batch_size=2, device='cpu', ratio=.2, cache=sys.argv[2]).fit(load_category('mvtec', sys.argv[1], 'tile'))
+print(m.idxs_.tolist())
+'''
+
+def test_runs_side_by_side(data, tile, kept):
+    runs = [subprocess.Popen([sys.executable, '-c', BESIDE, str(data), str(kept)], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    found = {o.communicate()[0] for o in runs}
+    assert not any(o.returncode for o in runs) and found == {f'{model().fit(tile).idxs_.tolist()}\n'}
+    assert len(files(kept)) == len(tile.train)+1 and not [p for p in kept.rglob('*') if '.tmp' in p.name]
+
+def test_command_line(data, tmp_path, monkeypatch, no_backbone):
+    monkeypatch.chdir(tmp_path)
+    def call(*flags, sampler='-p 0.2 approx_greedy_coreset', core=''):
+        line = f'results patch_core -b resnet18 -le layer2 --weights random --target_embed_dimension 64 {core} sampler {sampler} dataset --imagesize 64 --resize 64 -d tile mvtec {data}'
+        with pytest.raises(SystemExit) as e: main(['--gpu', '-1', *flags, *line.split()])
+        assert e.value.code == 0
+        return max(tmp_path.glob('results/project/*/results.csv'), key=os.path.getmtime).read_bytes()
+    plain, other = call(), call(sampler='-p 0.5 random', core='--anomaly_scorer_num_nn 3')
+    assert call('--cache', 'kept') == plain and len(files(tmp_path/'kept')) == 10
+    no_backbone()
+    assert call('--cache', 'kept') == plain
+    assert call('--cache', 'kept', sampler='-p 0.5 random', core='--anomaly_scorer_num_nn 3') == other
+
+def test_sweeps_take_from_it(tile, kept, no_backbone):
+    def swept(kept): return sweep(model(kept, 'resnet18'), tile, [.05, .2, .5], [1, 3], ['max', 'reweighted'], all_pixels=True)
+    plain, first = swept(None), swept(kept)
+    no_backbone()
+    assert swept(kept).equals(first) and first.equals(plain) and len(plain) == 12

@@ -1,0 +1,209 @@
+"Memory budgets: the plan, the spilled bank, what is left behind, and what a run really takes."
+import dataclasses
+import errno
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from patchcore_nb import memory
+from patchcore_nb.cli import main
+from patchcore_nb.core import ArgumentError, DataError
+from patchcore_nb.data import make_miniature
+from patchcore_nb.demo import demo_sample
+from patchcore_nb.patchcore import PatchCore
+
+bench = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1]/'benchmarks'/'memory.py')))
+CORE = 'patch_core -b resnet18 -le layer2 -le layer3 --weights random --pretrain_embed_dimension 64 --target_embed_dimension 64 sampler -p 0.1 approx_greedy_coreset'
+posix = pytest.mark.skipif(os.name != 'posix', reason='POSIX alone has files without names')
+linux = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
+
+
+def small(**kw): return PatchCore('filterbank', ratio=.05, target_dim=64, imagesize=96, resize=96, device='cpu', **kw)
+
+def large(**kw): return PatchCore('filterbank', ratio=.05, batch_size=1, device='cpu', **kw)
+
+@pytest.fixture(scope='module')
+def cogs(): return [demo_sample('cog', 'train', i)[0] for i in range(8)]
+
+@pytest.fixture
+def call(tmp_path, capsys, monkeypatch):
+    "Run the command line on a miniature; status, standard error."
+    monkeypatch.chdir(tmp_path)
+    data = make_miniature(tmp_path/'data', n_train=6)
+    def go(flags=''):
+        with pytest.raises(SystemExit) as e: main(['--gpu', '-1', *flags.split(), 'results', *CORE.split(), *'dataset --imagesize 64 --resize 64 -d tile mvtec'.split(), str(data)])
+        return e.value.code, capsys.readouterr().err.replace('\r', '\n')
+    return go
+
+def spilling(model, n): # bytes
+    "The smallest budget that a fit on n images can have, which spills."
+    plan = model.plan(n)
+    assert plan.where == 'memory'
+    return dataclasses.replace(plan, where='file').peak
+
+
+# Plans
+
+def test_a_budget_in_between_spills(cogs, tmp_path):
+    budget = spilling(large(), len(cogs))
+    plan = large(memory_budget=budget, spill_dir=tmp_path).plan(len(cogs))
+    assert plan.where == 'file' and plan.peak <= budget < large().plan(len(cogs)).peak and f'in {tmp_path}' in str(plan)
+    with pytest.raises(ArgumentError, match='too small: about .* even with'): large(memory_budget=budget-1).plan(len(cogs))
+
+def test_without_a_budget_what_is_free_counts(cogs, monkeypatch):
+    free = spilling(large(), len(cogs))
+    monkeypatch.setattr(memory, 'free_memory', lambda: free)
+    assert large().plan(len(cogs)).where == 'file'
+    monkeypatch.setattr(memory, 'free_memory', lambda: free//2)
+    with pytest.raises(DataError, match='close other programs'): large().fit(cogs)
+
+def test_more_test_images_take_more(cogs):
+    few, many = (small().plan(8, n_test=n) for n in (10, 10_000))
+    assert many.peak-few.peak > 9000*96*96*4 and '8 images' in str(few)
+
+def test_a_gpu_takes_the_bank(monkeypatch):
+    "What is on the GPU does not count, and what it has no room for stays off it."
+    load = memory.Load(209, 163_856, 1024, 16_385, 47*10**6, 50*10**6)
+    for free, where in ((8*10**9, 'gpu'), (10**9, 'file')):
+        monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (free, free))
+        assert memory.make_plan(load, '600MB', device='cuda').where == where
+
+@pytest.mark.parametrize('files, left', [
+    ({'memory.max': '1000\n', 'memory.current': '700\n', 'memory.stat': 'file 9\ninactive_file 150\n'}, 450), ({'memory.max': 'max\n', 'memory.current': '7'}, None),
+    ({'memory/memory.limit_in_bytes': '1000', 'memory/memory.usage_in_bytes': '900', 'memory/memory.stat': 'inactive_file 1\ntotal_inactive_file 50'}, 150),
+    ({'memory.max': '10', 'memory.current': '70', 'memory.stat': ''}, 0), ({'memory.max': '10', 'memory.current': ''}, None), ({}, None)])
+def test_limits_of_containers(tmp_path, files, left):
+    for name, text in files.items():
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/name).write_text(text)
+    assert memory.container_free(tmp_path) == left
+
+
+# Spilling
+
+@pytest.mark.parametrize('sampler', ['approx_greedy_coreset', 'greedy_coreset', 'random', 'identity'])
+def test_spilled_is_the_same(cogs, tmp_path, sampler):
+    plain, tight = small(sampler=sampler), small(sampler=sampler, spill_dir=tmp_path)
+    plan = dataclasses.replace(tight.plan(len(cogs)), where='file')
+    plain.fit(cogs), tight.fit(cogs, plan=plan)
+    for name in ('idxs_', 'anchor_dists_', 'memory_bank_', 'origin_'): assert torch.equal(getattr(plain, name).nan_to_num(), getattr(tight, name).nan_to_num()), name
+    assert plain.radii_ == tight.radii_
+    assert torch.equal(plain.predict(cogs[:3]).anomaly_maps, tight.predict(cogs[:3]).anomaly_maps)
+
+@pytest.fixture
+def no_room(monkeypatch):
+    "A machine on which nothing but spilling is possible; what a miniature takes is too little to tell."
+    def make(): monkeypatch.setattr(memory.Plan, 'peak', property(lambda self: 10**3 if self.where == 'file' else 10**12))
+    return make
+
+def test_command_line_spills_to_the_same_results(call, tmp_path, no_room):
+    assert call()[0] == 0
+    no_room()
+    code, err = call('--memory_budget 1MB --log_group tight')
+    said = [o for o in err.splitlines() if o.startswith('plan for mvtec_tile')]
+    assert code == 0 and len(said) == 1 and 'spilled to a file in' in said[0] and 'tight' in said[0], err
+    first, second = (tmp_path/'results'/'project'/o for o in ('group', 'tight'))
+    assert (first/'results.csv').read_bytes() == (second/'results.csv').read_bytes()
+    assert sorted(o.name for o in second.iterdir()) == sorted(o.name for o in first.iterdir())
+
+@pytest.mark.parametrize('budget, word', [('100MB', 'too small: about'), ('lots', 'pass 2GB'), ('-5', 'pass 2GB'), ('0', 'pass 2GB')])
+def test_budgets_that_cannot_be(call, tmp_path, budget, word):
+    code, err = call(f'--memory_budget {budget}')
+    errors = [o for o in err.splitlines() if o.startswith('error: ')]
+    assert code == 2 and len(errors) == 1 and word in errors[0] and 'memory_budget' in errors[0], err
+    assert not (tmp_path/'results').exists()
+
+def test_a_full_disk_is_one_line(call, tmp_path, monkeypatch, no_room):
+    def full(*a): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(memory, '_reserve', full)
+    no_room()
+    code, err = call()
+    errors = [o for o in err.splitlines() if o.startswith('error: ')]
+    assert code == 1 and len(errors) == 1 and 'for the patch embeddings cannot be written (No space left' in errors[0] and 'free some space' in errors[0], err
+
+LIMITED = '''
+import resource, signal, sys
+from patchcore_nb.core import DataError
+from patchcore_nb.memory import spilled
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+try: spilled(1000, 1000, sys.argv[1])
+except DataError as e: print(e)
+'''
+
+@posix
+def test_a_file_that_may_not_grow(tmp_path):
+    out = subprocess.run([sys.executable, '-c', LIMITED, str(tmp_path)], capture_output=True, text=True, check=True).stdout
+    assert 'a file of 4 MB for the patch embeddings cannot be written' in out and not list(tmp_path.iterdir())
+
+def test_where_space_cannot_be_reserved_zeros_are_written(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, 'posix_fallocate', raising=False)
+    bank = memory.spilled(5000, 1000, tmp_path)
+    assert bank.shape == (5000, 1000) and not bank.any()
+
+@posix
+def test_nothing_is_left_after_an_error(cogs, tmp_path):
+    model = small(spill_dir=tmp_path)
+    plan = dataclasses.replace(model.plan(len(cogs)), where='file')
+    seen = []
+    def break_off(items, what):
+        seen.append(list(tmp_path.iterdir()))
+        raise DataError('an image is broken')
+        yield
+    model._embed = break_off
+    with pytest.raises(DataError, match='is broken'): model.fit(cogs, plan=plan)
+    assert seen == [[]] and not list(tmp_path.iterdir())
+
+KILLED = '''
+import sys, time
+from patchcore_nb.memory import spilled
+bank = spilled(1000, 1000, sys.argv[1]).fill_(1)
+print('there', flush=True)
+time.sleep(60)
+'''
+
+@posix
+def test_nothing_is_left_after_a_kill(tmp_path):
+    child = subprocess.Popen([sys.executable, '-c', KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == 'there\n'
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    time.sleep(.1)
+    assert not list(tmp_path.iterdir())
+
+
+# Measured
+
+@linux
+def test_a_plan_is_kept(demo_root, tmp_path):
+    "In memory and in a file: no more than was planned, and the file saves what the bank takes."
+    found = {}
+    tail = f'patch_core -b filterbank -le layer2 -le layer3 sampler -p 0.05 approx_greedy_coreset dataset -d cog demo {demo_root}'.split()
+    for name, flags in dict(free=[], tight=['--memory_budget', '300MB']).items():
+        found[name] = bench.watch(['--gpu', '-1', '--log_group', name, *flags, 'results', *tail], tmp_path)
+        found[name]['csv'] = (tmp_path/'results'/'project'/name/'results.csv').read_bytes()
+    assert 'in memory' in found['free']['plan'] and 'spilled' in found['tight']['plan']
+    assert found['tight']['csv'] == found['free']['csv']
+    print({k: (v['peak'], v['plan']) for k, v in found.items()})
+    assert found['tight']['peak'] <= 300e6, found['tight']
+    assert found['free']['peak'] <= planned(found['free']['plan']), found['free']
+
+def planned(line): return memory.parse_size(line.split('peak about ')[1].split(' of ')[0])
+
+@linux
+def test_bottle(testdata, tmp_path):
+    "The whole set: 1.2 GB where there is room, 600 MB where there is not, and the same results."
+    tail = f'patch_core -b resnet18 -le layer2 -le layer3 --weights_dir {testdata}/weights sampler -p 0.1 approx_greedy_coreset dataset -d bottle mvtec {testdata}/data/mvtec256'.split()
+    for name, flags, most in (('free', [], 1.2e9), ('tight', ['--memory_budget', '600MB'], 600e6)):
+        found = bench.watch(['--gpu', '-1', '--log_group', name, *flags, 'results', *tail], tmp_path)
+        assert found['peak'] <= min(most, planned(found['plan'])), found
+    first, second = ((tmp_path/'results'/'project'/o/'results.csv').read_bytes() for o in ('free', 'tight'))
+    assert first == second

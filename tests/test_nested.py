@@ -1,0 +1,101 @@
+"Nested coresets: a resized model is the model that its ratio gives, and a sweep is what its separate runs would be."
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from patchcore_nb.core import ArgumentError
+from patchcore_nb.data import Category, load_category
+from patchcore_nb.experiment import judge, sweep
+from patchcore_nb.patchcore import PatchCore
+from patchcore_nb.store import load, save
+
+FITTED = 'idxs_', 'anchor_dists_', 'memory_bank_', 'origin_'
+
+
+@pytest.fixture(scope='module')
+def cog(demo_root): return load_category('demo', demo_root, 'cog')
+
+def model(**kw): return PatchCore('filterbank', **dict(target_dim=128, ratio=.1, device='cpu') | kw)
+
+def same(a, b):
+    for name in FITTED: assert torch.equal(getattr(a, name).nan_to_num(), getattr(b, name).nan_to_num()), name
+    assert (a.n_images_, a.n_patches_, a.ratio, a.grid_) == (b.n_images_, b.n_patches_, b.ratio, b.grid_)
+
+@pytest.fixture(scope='module', params=['approx_greedy_coreset', 'greedy_coreset', 'random'])
+def wide(request, cog): return model(sampler=request.param).fit(cog.train[:16])
+
+@pytest.mark.parametrize('ratio', [.1, .0999, .05, .013, .001, .00001])
+def test_resized_is_fitted(wide, cog, ratio):
+    "Every pick, bit for bit, at any ratio."
+    direct, small = model(ratio=ratio, sampler=wide.sampler).fit(cog.train[:16]), wide.resize(ratio)
+    same(small, direct)
+    assert torch.equal(small.predict(cog.test[:2]).anomaly_maps, direct.predict(cog.test[:2]).anomaly_maps)
+    known = dict(zip(direct.sizes_, direct.radii_))
+    assert small.sizes_ == [o for o in wide.sizes_ if o <= len(direct.memory_bank_)]
+    for size, radius in zip(small.sizes_, small.radii_):
+        if size in known: assert radius == pytest.approx(known[size], rel=1e-5)
+
+def test_twice_resized(wide): same(wide.resize(.05).resize(.01), wide.resize(.01))
+
+def test_the_larger_one_is_untouched(wide):
+    before = {k: getattr(wide, k).clone() for k in FITTED}
+    small = wide.resize(.01)
+    small.memory_bank_.zero_(), small.origin_.zero_()
+    assert all(torch.equal(getattr(wide, k).nan_to_num(), v.nan_to_num()) for k, v in before.items()) and wide.ratio == .1
+    assert small.extractor_ is wide.extractor_ and small.aggregator_ is wide.aggregator_
+
+def test_saved_and_loaded(wide, cog, tmp_path):
+    save(wide, tmp_path/'wide', 'ours')
+    small = load(tmp_path/'wide', device='cpu').resize(.02)
+    same(small, wide.resize(.02))
+    save(small, tmp_path/'small', 'ours')
+    again = load(tmp_path/'small', device='cpu')
+    same(again, small)
+    assert (tmp_path/'small'/'model.safetensors').stat().st_size < .3*(tmp_path/'wide'/'model.safetensors').stat().st_size
+    assert torch.equal(again.predict(cog.test[:2]).image_scores, small.predict(cog.test[:2]).image_scores)
+
+def test_the_threshold_is_found_anew(cog, tmp_path):
+    kw = dict(train_val_split=.5, false_alarms=.1)
+    wide, direct = model(**kw).fit(cog.train), model(ratio=.01, **kw).fit(cog.train)
+    assert wide.resize(.01).threshold_ == direct.threshold_ != wide.threshold_
+    save(wide, tmp_path/'m', 'ours')
+    with pytest.warns(UserWarning, match='the resized model has none'): small = load(tmp_path/'m', device='cpu').resize(.01)
+    assert small.threshold_ is None and 'threshold' not in judge(small.predict(cog.test), cog.test, small.preprocess_)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        model().fit(cog.train[:3]).resize(.01) # nobody asked for a threshold
+
+def test_what_cannot_be_resized(cog):
+    wide = model().fit(cog.train[:2])
+    for ratio, word in ((.2, 'fit at 0.2'), (0, r'\(0, 1\]'), (-1, r'\(0, 1\]'), (2, r'\(0, 1\]'), (float('nan'), r'\(0, 1\]')):
+        with pytest.raises(ArgumentError, match=word): wide.resize(ratio)
+    with pytest.raises(ArgumentError, match='call fit'): model().resize(.01)
+    for kw in (dict(sampler='identity'), dict(ratio=1)):
+        with pytest.raises(ArgumentError, match='no order of picks'): model(**kw).fit(cog.train[:2]).resize(.01)
+    with pytest.raises(ArgumentError, match='memory bank of 1 '): model(k=2).fit(cog.train[:2]).resize(.0001)
+    with pytest.raises(ArgumentError, match='only one'): model(patch_score='reweighted').fit(cog.train[:2]).resize(.0001)
+
+def test_the_references_models_have_no_order(testdata):
+    with pytest.raises(ArgumentError, match="reference's files do not tell"): load(testdata/'golden'/'model_single', weights_dir=testdata/'weights').resize(.01)
+
+
+@pytest.mark.parametrize('how', ['max', 'mean', 'reweighted'])
+def test_a_sweep_is_its_separate_runs(cog, how):
+    cog = Category(cog.dataset, cog.name, cog.train[:12], cog.test[::3])
+    table = sweep(model(patch_score=how), cog, [.1, .002, .02], [4, 1], all_pixels=True)
+    assert list(table.ratio) == [.002]*2+[.02]*2+[.1]*2 and list(table.k) == [1, 4]*3
+    for row in table.itertuples():
+        m = model(patch_score=how, ratio=row.ratio, k=row.k).fit(cog)
+        figures = judge(m.predict(cog.test), cog.test, m.preprocess_)
+        assert row.n_patches == len(m.memory_bank_)
+        assert row.image_auroc == pytest.approx(figures['image_auroc'], abs=1e-6) and row.pixel_auroc == pytest.approx(figures['pixel_auroc'], abs=1e-6)
+
+def test_a_sweep_judges_pixels_once_unless_asked(cog):
+    table = sweep(model(), Category(cog.dataset, cog.name, cog.train[:6], cog.test[::4]), [.02, .01], [1, 2])
+    assert table.pixel_auroc.isna().tolist() == [True]*3+[False] and np.isfinite(table.image_auroc).all()
+
+@pytest.mark.parametrize('kw, word', [(dict(ratios=[.1, 2]), r'\(0, 1\]'), (dict(ratios=[.1, 1]), 'no order of picks'), (dict(ratios=[.00001, .1], ks=[5]), 'memory bank of 1 '), (dict(patch_scores=['maks']), 'unknown patchscore')])
+def test_sweeps_that_cannot_be(cog, kw, word):
+    with pytest.raises(ArgumentError, match=word): sweep(model(), cog, **dict(ratios=[.1]) | kw)
