@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 METADATA := settings.ini setup.py pyproject.toml
 
-.PHONY: help demo test docs lab readme
+.PHONY: help demo test docs lab readme bench
 help:
 	@grep '^## ' Makefile
 
@@ -31,6 +31,16 @@ lab: $(VENV)/installed-dev
 ## make readme  pip install -e '.[dev]'  then python tools/readme.py (README.md from nbs/index.ipynb)
 readme: $(VENV)/installed-dev
 	$(BIN)/python tools/readme.py
+
+## make bench   pip install -e '.[dev]'  then python benchmarks/coreset.py and the others (about a quarter of an hour; results into benchmarks/results/)
+bench: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/coreset.py
+	$(BIN)/python benchmarks/search.py
+	$(BIN)/python benchmarks/embedding.py
+	$(BIN)/python benchmarks/pipeline.py
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/sweep.py
+	$(BIN)/python benchmarks/memory.py
 
 # An environment that is older than the package's metadata is brought up to date; one that is not there is made.
 # torch and torchvision must come from one index: both are requirements, so one pip command installs both.

@@ -173,14 +173,14 @@ def subject(
 
 
 def real_patches(
-    quick:bool, # few images?
+    quick:bool, # few images, short embeddings?
 )->tuple[str,Tensor,Tensor]: # name; (N, D) of training images; (Q, D) of test images, in random order
     "Patch embeddings of real images, or of the demo set where there are none."
     with tempfile.TemporaryDirectory() as temp:
         name, category, kw = subject(Path(temp))
         train, test = ([s.path for s in o] for o in (category.train, category.test))
         if quick: train, test = train[:8], test[:4]
-        model = PatchCore(**kw, device='cpu').check()
+        model = PatchCore(**kw, device='cpu', target_dim=128 if quick else 1024).check()
         model._calibrate(train)
         bank, queries = (torch.cat([p.flatten(0, 2) for p in model._embed(o, '')]) for o in (train, test))
     return name, bank, queries

@@ -68,8 +68,9 @@ def compare(
     n, device, picks = len(bank)//10, bank.device.type, 4 if quick else 16
     start = start_mean(bank, torch.randperm(len(bank), generator=generator(0))[:10].to(bank.device))
     found, floors = [], []
-    times = race({'the floor': lambda: floors.append(floor(bank, n)), 'farthest_points': lambda: found.append(farthest_points(bank, n, start))}, 2 if quick else 3)
-    times['the floor'] = floors[1:]
+    farthest_points(bank[:5000], min(n, 500)) # warm
+    times = race({'the floor': lambda: floors.append(floor(bank, n)), 'farthest_points': lambda: found.append(farthest_points(bank, n, start))}, 2 if quick else 3, warm=False)
+    times['the floor'] = floors
     rows = rows_of(times, 'the floor', data=name, device=device, scaled_from=None)
     def scaled(what, run, k):
         base, taken = floor(bank, n), (seconds(lambda: run(k+1))-seconds(lambda: run(1)))*n/k

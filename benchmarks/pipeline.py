@@ -51,7 +51,7 @@ def compare(
     quick:bool,
 )->list[dict]:
     "All rows for one backbone."
-    n, n_train, rounds = (2, 2, 1) if quick else (24, 21, 5)
+    n, n_train, rounds = (2, 2, 1) if quick else (16, 21, 4)
     kw = dict(imagesize=64, resize=64) if quick else {}
     train, test = ([demo_sample('cog', split, i)[0] for i in range(m)] for split, m in (('train', n_train), ('test', n)))
     model = PatchCore(backbone, ratio=1, weights='random', device=device, **kw).fit(train)

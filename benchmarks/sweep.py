@@ -45,22 +45,22 @@ def seconds(
 def main():
     with tempfile.TemporaryDirectory() as temp:
         what, category, kw = subject(Path(temp))
-        def full():
-            model = PatchCore(**kw, ratio=RATIOS[-1], k=KS[-1], device='cpu')
+        def full(k=1):
+            model = PatchCore(**kw, ratio=RATIOS[-1], k=k, device='cpu')
             return judge(model.fit(category).predict(category.test), category.test, model.preprocess_)
         def swept(): return sweep(PatchCore(**kw, device='cpu', cache=Path(temp)/'cache'), category, RATIOS, KS)
         start = time.perf_counter()
         swept() # fills the cache
         filling = time.perf_counter()-start
         size = sum(p.stat().st_size for p in (Path(temp)/'cache').rglob('*.safetensors'))
-        (one, figures), (all_of_them, table) = seconds(full), seconds(swept)
+        (one, _), (all_of_them, table), figures = seconds(full), seconds(swept), full(KS[-1])
     rows = {'one full run from images': one, f'sweep of {len(table)}, embeddings cached': all_of_them, 'sweep that fills the cache': filling}
     times = pd.DataFrame({'s': rows, 'times a full run': {k: v/one for k, v in rows.items()}})
     last = table.iloc[-1]
     print(f'{what}: {len(RATIOS)} ratios up to {RATIOS[-1]} x {len(KS)} values of k; cache {size/1e6:.0f} MB\n', times.round(2).to_string(), '', table.round(4).to_string(index=False, na_rep='-'),
-          f"\nthe last row by a full run: image AUROC {figures['image_auroc']:.4f}, pixel AUROC {figures['pixel_auroc']:.4f}", sep='\n')
+          f"\nthe last row by a run of its own: image AUROC {figures['image_auroc']:.4f}, pixel AUROC {figures['pixel_auroc']:.4f}", sep='\n')
     (HERE/'results').mkdir(exist_ok=True)
-    out = dict(what=what, cache_bytes=size, seconds=rows, ratio=all_of_them/one, table=json.loads(table.to_json(orient='records')), last_by_full_run={k: figures[k] for k in ('image_auroc', 'pixel_auroc')})
+    out = dict(what=what, cache_bytes=size, seconds=rows, ratio=all_of_them/one, table=json.loads(table.to_json(orient='records')), last_by_itself={k: figures[k] for k in ('image_auroc', 'pixel_auroc')})
     (HERE/'results'/'sweep.json').write_text(json.dumps(out, indent=1)+'\n', encoding='utf-8')
     assert abs(last.image_auroc-figures['image_auroc']) < 1e-6 and abs(last.pixel_auroc-figures['pixel_auroc']) < 1e-6, 'the sweep and the full run disagree'
 

@@ -15,7 +15,7 @@ from .core import *
 from .core import unknown
 from .data import DATASETS, load_category
 from .demo import DEMO_CATEGORIES # the import registers the set
-from .extractor import BACKBONES
+from .extractor import BACKBONES, PRECISIONS
 from .experiment import REFERENCE_COLUMNS, Run, run
 from .memory import parse_size
 from .patchcore import PatchCore
@@ -71,6 +71,7 @@ def cli(**kw):
 @click.option('--faiss_on_gpu', is_flag=True, help='Search neighbours on the GPU, whatever --gpu says.')
 @click.option('--faiss_num_workers', type=click.IntRange(1), default=None, help="Threads of a search on the CPU; torch's own number if not given.")
 @click.option('--search', default='exact', show_default=True, help=f"How neighbours are searched: {', '.join(SEARCHES)}; all but exact tell their recall.")
+@click.option('--precision', type=click.Choice(PRECISIONS), default='float32', show_default=True, help='Of the backbone; bfloat16 is faster where the processor knows it.')
 @click.option('--weights', type=click.Choice(['pretrained', 'random']), default='pretrained', show_default=True, help='Random weights are for timing and tests.')
 @click.option('--weights_dir', default=None, help='Folder with NAME.safetensors, NAME.pth or NAME.pt; else PATCHCORE_NB_WEIGHTS, else the download.')
 def patch_core(**kw): return 'patch_core', kw
@@ -129,7 +130,7 @@ def make_model(
         core['target_embed_dimension'], core['preprocessing'], core['aggregation'], data['resize'], data['imagesize'], data['augment'], data['train_val_split'],
         weights=core['weights'], seed=group['seed'], weights_dir=core['weights_dir'], device=group['gpu'][0], search_device=_search_device(core['faiss_on_gpu'], group['gpu'][0]),
         search_threads=workers and _threads(workers), batch_size=data['batch_size'], num_workers=_threads(data['num_workers']), show=True,
-        search=core['search'], memory_budget=group['memory_budget'], cache=group['cache'])
+        search=core['search'], precision=core['precision'], memory_budget=group['memory_budget'], cache=group['cache'])
 
 # %% ../nbs/12_cli.ipynb #54a3e9ec
 def show_run(

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['REFERENCE_COLUMNS', 'METRICS', 'SETTINGS', 'JPEG', 'judge', 'with_mean', 'write_results', 'run_folder', 'settings_of',
            'find_unfinished', 'picture_name', 'save_pictures', 'Run', 'search_recall', 'run', 'merge_neighbours',
-           'nested_neighbours', 'sweep']
+           'Nested', 'sweep']
 
 # %% ../nbs/10_experiment.ipynb #cb7a637d
 import itertools, json, os, sys, warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from .evaluation import auroc, evaluate
 from .patchcore import PatchCore, Prediction, RUNTIME, as_items
 from .plots import colour_range, draw_panel
 from .scorer import image_scores, make_maps, reweight
-from .search import SEARCHES, check_k, naive_neighbours
+from .search import GROUP, Exact, check_k, look, naive_neighbours, nearest_neighbours
 from .store import formats_for, save
 
 # %% ../nbs/10_experiment.ipynb #39c5b325
@@ -218,26 +218,55 @@ def run(
 
 # %% ../nbs/10_experiment.ipynb #0b2370ad
 def merge_neighbours(
-    dists:Tensor, idxs:Tensor, # (Q, k) squared distances, ascending, and rows of the bank
+    dists:Tensor, idxs:Tensor, # (Q, k) distances, ascending, and rows of the bank
     more:Tensor, rows:Tensor,  # (Q, k') of other rows of the bank, likewise
-    k:int,                     # how many to keep
-)->tuple[Tensor,Tensor]: # (Q, at most k) of both
-    "The nearest of two lists of neighbours."
+)->tuple[Tensor,Tensor]: # (Q, k) of both
+    "The k nearest of two lists of neighbours."
     d, at = torch.cat([dists, more], 1).sort(dim=1, stable=True)
+    k = dists.shape[1]
     return d[:, :k], torch.cat([idxs, rows], 1).gather(1, at)[:, :k]
 
-def nested_neighbours(
-    queries:Tensor,        # (Q, D)
-    searches:Sequence,     # one for each slice of the memory bank, fitted
-    sizes:Sequence[int],   # rows at which the slices end, ascending
-    k:int,                 # neighbours
-)->Iterator[tuple[Tensor,Tensor]]: # for each size (Q, k) squared distances, ascending; (Q, k) rows of the bank
-    "Neighbours in the first rows of a bank, for several numbers of rows."
-    dists, idxs = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-    for search, a, b in zip(searches, [0, *sizes], sizes):
-        more, rows = search(queries, min(k, b-a))
-        dists, idxs = merge_neighbours(dists, idxs, more, rows+a, k)
-        yield dists, idxs
+class Nested(Exact):
+    "Exact search among the first rows of a bank, for several numbers of rows at once."
+    def fit(self,
+        bank:Tensor,         # (M, D) float32; kept, not copied
+        sizes:Sequence[int], # S numbers of rows, ascending; the last is M
+    ):
+        "Encode the bank in slices that end at the sizes."
+        super().fit(bank)
+        self.sizes_, self.slices_ = list(sizes), list(zip([0, *sizes], sizes))
+        if self.targets_: self.targets_ = [self._target(bank[a:b]) for a, b in self.slices_]
+        return self
+
+    def _slice(self, i:int, q:Tensor, codes, k:int, limits:Tensor|None, out:Tensor)->tuple[Tensor,Tensor,Tensor]: # queries, distances, rows
+        "Neighbours in one slice, of those queries to which it has something to tell."
+        (a, b), target = self.slices_[i], self.targets_[i]
+        if k <= target.columns.shape[1]//GROUP:
+            live, d, j = look(q, codes, target, k, limits, None, out)
+            return live, d, j+a
+        d, j = nearest_neighbours(q-self.centre_, self.bank_[a:b]-self.centre_, min(k, b-a))
+        return torch.arange(len(q), device=q.device), d.sqrt(), j+a
+
+    def _look(self, q:Tensor, codes, rest:Tensor, k:int, out:Tensor)->tuple[Tensor,Tensor]: # (n, S*k), (n, S*k)
+        _, dists, idxs = self._slice(0, q, codes, k, None, out)
+        found = [(dists, idxs)]
+        for i in range(1, len(self.slices_)):
+            live, d, j = self._slice(i, q, codes, k, dists[:, -1].contiguous(), out)
+            dists, idxs = dists.clone(), idxs.clone()
+            dists[live], idxs[live] = merge_neighbours(dists[live], idxs[live], d, j)
+            found.append((dists, idxs))
+        return tuple(torch.cat(o, 1) for o in zip(*found))
+
+    def __call__(self,
+        queries:Tensor, # (Q, D)
+        k:int=1,        # neighbours, at most as many as the smallest size
+    )->list[tuple[Tensor,Tensor]]: # for each size (Q, k) squared distances, ascending; (Q, k) rows of the bank
+        "Search."
+        check_k(k, self.sizes_[0])
+        if not self.targets_: return [nearest_neighbours(queries-self.centre_, self.bank_[:m]-self.centre_, k) for m in self.sizes_]
+        found = in_threads(lambda share: self._search(queries[share], k), len(queries), queries.device)
+        dists, idxs = (torch.cat(o).split(k, 1) for o in zip(*found))
+        return [(d.square(), i) for d, i in zip(dists, idxs)]
 
 # %% ../nbs/10_experiment.ipynb #ba059ef0
 def _scores(q:Tensor, dists:Tensor, idxs:Tensor, how:str, bank:Tensor, search, shape:tuple[int,int,int])->tuple[Tensor,Tensor]: # (B,) image scores; (B, h, w) patch scores
@@ -249,15 +278,15 @@ def _scores(q:Tensor, dists:Tensor, idxs:Tensor, how:str, bank:Tensor, search, s
         scores = reweight(scores, q[worst], idxs[worst, 0], bank, search=search)
     return scores.cpu(), grid.cpu()
 
-def _sweep_scores(model:PatchCore, items:Sequence, sizes:list[int], ks:list[int], hows:Sequence[str])->dict[tuple,list]:
+def _sweep_scores(model:PatchCore, bank:Tensor, items:Sequence, sizes:list[int], ks:list[int], hows:Sequence[str])->dict[tuple,list]:
     "Image and patch scores, a batch each, of every size, k and patch score."
     ends, found = sorted(set(sizes)), {}
-    bank = model.memory_bank_.to(model.search_device_)
-    searches = [SEARCHES['exact']().fit(bank[a:b]) for a, b in zip([0, *ends], ends)]
-    whole = {m: SEARCHES['exact']().fit(bank[:m]) for m in ends if 'reweighted' in hows} # which looks for neighbours of neighbours
+    bank = bank.to(model.search_device_)
+    search = Nested().fit(bank, ends)
+    whole = {m: Exact().fit(bank[:m]) for m in ends if 'reweighted' in hows} # which looks for neighbours of neighbours
     for patches in model._embed(items, 'scoring'):
         q = rearrange(patches, 'b h w d -> (b h w) d').to(bank.device)
-        for m, (dists, idxs) in zip(ends, nested_neighbours(q, searches, ends, ks[-1])):
+        for m, (dists, idxs) in zip(ends, search(q, ks[-1])):
             for k, how in itertools.product(ks, hows):
                 found.setdefault((m, k, how), []).append(_scores(q, dists[:, :k], idxs, how, bank[:m], whole.get(m), patches.shape[:3]))
     return found
@@ -275,10 +304,10 @@ def sweep(
     ratios, ks, hows = sorted(set(ratios)), sorted(set(ks)), list(patch_scores or [model.patch_score])
     whole = model.fresh()
     whole.ratio, whole.k, whole.patch_score = ratios[-1], ks[0], hows[0]
-    whole.fit(category)
+    bank = whole._learn(category)
     sizes = [whole._smaller(r) for r in ratios]
     check_k(ks[-1], sizes[0])
-    found = _sweep_scores(whole, as_items(category.test), sizes, ks, hows)
+    found = _sweep_scores(whole, bank, as_items(category.test), sizes, ks, hows)
     labels, masks = np.array([o.label for o in category.test]), read_masks(category.test, whole.preprocess_)
     rows, last = [], (ratios[-1], ks[-1], hows[-1])
     for (ratio, m), k, how in itertools.product(zip(ratios, sizes), ks, hows):

@@ -56,6 +56,7 @@ class PatchCore:
         weights:str='pretrained',             # "pretrained", or "random" for timing and tests
         seed:int=0,                           # of all that is random
         search:str='exact',                   # of neighbours: a name in `SEARCHES`
+        precision:str='float32',              # of the backbone: "float32", or "bfloat16" for speed
         *,
         weights_dir:str|Path|None=None,       # folder with weights files; None: PATCHCORE_NB_WEIGHTS
         device:int|str|torch.device|None=None, # as `pick_device` takes it
@@ -98,7 +99,7 @@ def _set_up(self:PatchCore):
     self.preprocess_ = Preprocess(self.scale_to, self.imagesize)
     self.device_ = pick_device(self.device)
     self.search_device_ = self.device_ if self.search_device is None else pick_device(self.search_device)
-    self.extractor_ = Extractor(self._backbone(), self.layers).to(self.device_)
+    self.extractor_ = Extractor(self._backbone(), self.layers, self.precision).to(self.device_)
     shapes = self._dry_run()
     self.aggregator_ = Aggregator(self.patchsize, self.pretrain_dim, self.target_dim, self.stride, self.more_patchsizes, self.preprocessing, self.aggregation, self._seed())
     self.grid_ = self.aggregator_.grid(*shapes[0][1:])
@@ -313,12 +314,8 @@ def _remember(self:PatchCore, memory_bank:Tensor):
     self.scorer_.fit(memory_bank.to(self.search_device_))
 
 @patch
-def fit(self:PatchCore,
-    images, # good images: whatever `as_items` takes
-    y=None, # ignored, for scikit-learn's sake
-    plan:Plan=None, # where the bank goes, as `plan` returns it; default: made now
-)->PatchCore: # itself
-    "Remember what good patches look like."
+def _learn(self:PatchCore, images, plan:Plan|None=None)->Tensor: # (M, D), the memory bank
+    "Embed and pick; all of `fit` but the scorer and the threshold."
     items = as_items(images)
     keep, held, _ = self.check().check_size(len(items))
     if plan is None:
@@ -334,8 +331,17 @@ def fit(self:PatchCore,
     self.idxs_, self.anchor_dists_, self.sizes_, self.radii_ = core.idxs, core.anchor_dists, core.sizes, core.radii
     image = torch.tensor(keep)[core.idxs//(h*w)//(len(train)//len(keep))] # counted among the images that were given
     self.origin_ = torch.stack([image, core.idxs//w % h, core.idxs % w], 1) # (M, 3)
-    self._remember(memory_bank)
-    self.threshold_ = self._threshold(self.held_) if held else None
+    return memory_bank
+
+@patch
+def fit(self:PatchCore,
+    images, # good images: whatever `as_items` takes
+    y=None, # ignored, for scikit-learn's sake
+    plan:Plan=None, # where the bank goes, as `plan` returns it; default: made now
+)->PatchCore: # itself
+    "Remember what good patches look like."
+    self._remember(self._learn(images, plan))
+    self.threshold_ = self._threshold(self.held_) if self.held_ else None
     return self
 
 # %% ../nbs/07_patchcore.ipynb #0621a00d
@@ -384,11 +390,10 @@ def _threshold(self:PatchCore, held:Sequence)->float|None:
 @patch
 def _smaller(self:PatchCore, ratio:float)->int: # M
     "The size of the memory bank at a smaller ratio, or an error."
-    if not hasattr(self, 'memory_bank_'): raise ArgumentError('this PatchCore remembers nothing yet: call fit before resize')
     if self.idxs_ is None or not self.n_patches_: raise ArgumentError("the order of this model's patches is not known, since the reference's files do not tell: fit again to resize")
     m = coreset_size(self.n_patches_, ratio, self.sampler)
     if ratio > self.ratio: raise ArgumentError(f'ratio {ratio:g} is larger than the {self.ratio:g} that this model was fitted at: fit at {ratio:g}, and resize from there')
-    if ratio < self.ratio and len(self.memory_bank_) == self.n_patches_: raise ArgumentError('this model keeps all patches in the order of the images, which is no order of picks: fit approx_greedy_coreset at a ratio below 1, and resize that')
+    if ratio < self.ratio and len(self.idxs_) == self.n_patches_: raise ArgumentError('this model keeps all patches in the order of the images, which is no order of picks: fit approx_greedy_coreset at a ratio below 1, and resize that')
     return m
 
 @patch
@@ -396,6 +401,7 @@ def resize(self:PatchCore,
     ratio:float, # part of the patches to remember, (0, 1], at most the one of the fit
 )->PatchCore: # fitted; `radii_` at the sizes known, `threshold_` from held-out images or None
     "The model that fitting at a smaller ratio gives, at once."
+    if not hasattr(self, 'memory_bank_'): raise ArgumentError('this PatchCore remembers nothing yet: call fit before resize')
     m = self._smaller(ratio)
     new = self.fresh()
     new.__dict__ |= {k: self.__dict__.get(k) for k in ('device_', 'search_device_', 'preprocess_', 'extractor_', 'aggregator_', 'grid_', 'largest_map_', 'n_images_', 'n_patches_', 'held_')}

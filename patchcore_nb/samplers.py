@@ -10,15 +10,17 @@ __all__ = ['SAMPLERS', 'naive_farthest_points', 'Picks', 'lower_by_product', 'Lo
 # %% ../nbs/04_samplers.ipynb #252db6be
 from collections.abc import Callable
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .core import *
 from .core import unknown
-from .search import Codes, at_once, encode, int8_works, look, make_target, mixing, nearest_neighbours, pair_dists, product
+from .search import Codes, at_once, encode, int8_works, look, make_target, mixing, nearest_neighbours, pair_dists, product, smallest
 
 # %% ../nbs/04_samplers.ipynb #b11815c4
 def naive_farthest_points(
@@ -83,12 +85,20 @@ def lower_by_product(
     nearest:Tensor, # (N,) int64 position of each row's nearest pick, changed in place
 ):
     "Lower anchor distances to the nearest of some picks, by one matrix product a block."
-    chosen, block = bank[picks]-centre, at_once(bank, 2**21)//1024 # (n, d), rows at a time
-    for i in range(0, len(bank), block):
-        x = bank[i:i+block]-centre
-        d, j = _sq_dists(x, chosen).min(1)
-        near = (d.clamp_(min=0).sqrt_() < anchors[i:i+block]*(1+1e-4)).nonzero()[:, 0]
-        _take(anchors, nearest, i+near, pair_dists(x, near, chosen, j[near]), j[near]+first)
+    chosen, block = bank[picks]-centre, at_once(bank, 2**19)//1024 # (n, d), rows at a time
+    sq = chosen.square().sum(1)
+    right = torch.cat([-2*chosen, sq[:, None]], 1) # with (x, 1) this makes |p|^2 - 2xp
+    def work(share): # every share its own rows
+        for i in range(share.start, share.stop, block):
+            x = bank[i:min(i+block, share.stop)]-centre
+            v = product(F.pad(x, (0, 1), value=1.), right) # (block, n)
+            x = x.square().sum(1)
+            low, slack = v.amin(1), 2e-6*(x+sq.max()) # what rounding can do to a sum of this size
+            near = (low+x-slack < anchors[i:i+len(x)].clamp(min=0).square()).nonzero()[:, 0]
+            r, j = (v[near] <= (low+slack)[near, None]).nonzero(as_tuple=True) # all that may be the nearest
+            d, j = smallest(r, pair_dists(bank, i+near[r], bank, picks[j]), j, len(near), 1)
+            _take(anchors, nearest, i+near, d[:, 0], j[:, 0]+first)
+    in_threads(work, len(bank), bank.device)
 
 # %% ../nbs/04_samplers.ipynb #a6926e3b
 class Lowering:
@@ -116,6 +126,7 @@ class Lowering:
         for i in range(0, n, self.block):
             for all_rows, some in zip(self.codes, encode(self._mixed(i), self.scale)): all_rows[i:i+self.block] = some
         self.coarse = 8*float(self.codes.err.mean()) # anchor distances below this are small against the rounding
+        self.rooms = SimpleQueue() # tensors to work in, one for a thread
 
     def __call__(self,
         picks:Tensor,   # (n,) rows that were picked
@@ -124,18 +135,22 @@ class Lowering:
         nearest:Tensor, # (N,) int64 position of each row's nearest pick, changed in place
     ):
         "Lower anchor distances to the nearest of some picks."
-        if self.codes is None or float(anchors.max()) < self.coarse: lower_by_product(self.bank, self.centre, picks, first, anchors, nearest)
+        if self.codes is not None and float(anchors.max()) < self.coarse: self.codes = self.rooms = None # from here on the product does it
+        if self.codes is None: lower_by_product(self.bank, self.centre, picks, first, anchors, nearest)
         else: self._by_codes(picks, first, anchors, nearest)
         anchors[picks] = -1
 
     def _by_codes(self, picks:Tensor, first:int, anchors:Tensor, nearest:Tensor):
         target = make_target(self.bank[picks], self.codes.take(picks), self.scale)
+        m = target.columns.shape[1]
         def work(share): # every share its own rows
-            out = torch.empty(self.block*target.columns.shape[1], dtype=torch.int32, device=picks.device)
+            out = self.rooms.get() if self.rooms.qsize() else torch.empty(0, dtype=torch.int32, device=picks.device)
+            if len(out) < self.block*m: out = torch.empty(self.block*m, dtype=torch.int32, device=picks.device)
             for i in range(share.start, share.stop, self.block):
                 at = slice(i, min(i+self.block, share.stop))
                 live, d, j = look(self.bank[at], self.codes.take(at), target, limits=anchors[at].clamp(min=0), out=out)
                 _take(anchors, nearest, i+live, d[:, 0], j[:, 0]+first)
+            self.rooms.put(out)
         in_threads(work, len(self.bank), self.bank.device)
 
 # %% ../nbs/04_samplers.ipynb #cd9ea658
@@ -167,10 +182,14 @@ def _next_picks(bank:Tensor, anchors:Tensor, pool:int, most:int)->tuple[Tensor,l
     if top[0] == torch.inf: return rows.new_zeros(1), [torch.inf] # nothing is picked yet: take the first
     bound = float(top[pool]) if len(bank) > pool else -torch.inf
     top, rows = top[:pool], rows[:pool] # (B,)
-    near = bank[rows]-bank[rows].mean(0)
-    table = _sq_dists(near, near).clamp_(min=0).sqrt_().fill_diagonal_(0) # (B, B)
-    new, new_dists = _pick_in_pool(table.cpu().numpy(), top.cpu().numpy().copy(), bound, most)
+    new, new_dists = _pick_in_pool(_table(bank[rows].cpu()).numpy(), top.cpu().numpy().copy(), bound, most)
     return rows[torch.tensor(new, device=rows.device)], new_dists
+
+def _table(rows:Tensor, block:int=128)->Tensor: # (B, B) float32
+    "All distances among a few rows, by way of float64: picks that lie close together must be told apart."
+    x, out = (rows-rows.mean(0)).double(), rows.new_empty(len(rows), len(rows))
+    for some, o in zip(x.split(block), out.split(block)): o.copy_(_sq_dists(some, x).clamp_(min=0).sqrt_())
+    return out.fill_diagonal_(0)
 
 # %% ../nbs/04_samplers.ipynb #074026c2
 def project(

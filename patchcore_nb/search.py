@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['GROUP', 'REST', 'SEARCHES', 'PAIR', 'MIX', 'naive_neighbours', 'at_once', 'pair_dists', 'check_k',
            'nearest_neighbours', 'Codes', 'encode', 'int8_works', 'whole_product', 'Target', 'make_target',
-           'least_value', 'look', 'Sketch', 'mixing', 'principal_axes', 'product', 'sketch', 'register_search',
-           'ByProduct', 'bound_length', 'choose_dims', 'Exact', 'others', 'measure_recall', 'guess_length', 'Fast',
-           'Half', 'Eight', 'IVFPQ']
+           'least_value', 'smallest', 'look', 'Sketch', 'mixing', 'principal_axes', 'product', 'sketch',
+           'register_search', 'ByProduct', 'bound_length', 'choose_dims', 'Exact', 'others', 'measure_recall',
+           'guess_length', 'Fast', 'Half', 'Eight', 'IVFPQ']
 
 # %% ../nbs/00b_search.ipynb #3ffdda2a
 import math
@@ -175,8 +175,14 @@ def least_value(
     bound = (dist.double()*(1+1e-6)+codes.err+target.err)/target.scale # in steps of the grid
     return ((codes.sq.double()-bound.square())/2-2).clamp_(-2**28, 2**28).to(torch.int32)
 
-def _smallest(r:Tensor, d:Tensor, j:Tensor, n:int, k:int)->tuple[Tensor,Tensor]: # (n, k) distances, ascending; (n, k) rows
-    "The k smallest of each query among triples of query, distance and row; every query has k."
+def smallest(
+    r:Tensor, # (P,) queries
+    d:Tensor, # (P,) distances
+    j:Tensor, # (P,) rows
+    n:int,    # number of queries; each is there at least k times
+    k:int,    # neighbours
+)->tuple[Tensor,Tensor]: # (n, k) distances, ascending; (n, k) rows
+    "The k smallest of each query."
     key, order = ((r << 32) | d.view(torch.int32).long()).sort(stable=True) # distances are not negative, so their bits sort as they do
     at = torch.searchsorted(key, torch.arange(n, device=r.device) << 32)[:, None]+torch.arange(k, device=r.device) # (n, k)
     chosen = order[at]
@@ -211,7 +217,7 @@ def look(
     fresh = (j[:, None] != j0.view(n, k)[r]).all(1).nonzero()[:, 0]
     r, j = r[fresh], j[fresh]
     d = pair_dists(queries, r, target.rows, j)
-    return live, *_smallest(torch.cat([r0, r]), torch.cat([d0, d]), torch.cat([j0, j]), n, k)
+    return live, *smallest(torch.cat([r0, r]), torch.cat([d0, d]), torch.cat([j0, j]), n, k)
 
 def _open(groups:Tensor, v:Tensor, first:Tensor, need:Tensor)->tuple[Tensor,Tensor]: # (P,) queries; (P,) rows
     "All rows whose v is at least what their query needs."
@@ -440,7 +446,7 @@ class Fast(Exact):
         if not self.targets_: return self # searched by plain product
         sample = _sample(len(bank), 4000).to(bank.device)
         exact = Exact().fit(bank)
-        self.margin_ = 1.1*max(float(self._gaps(o, exact(bank[o], 2)[1]).max()) for o in sample[::2].split(256))
+        self.margin_ = 1.5*max(float(self._gaps(o, exact(bank[o], 2)[1]).max()) for o in sample[::2].split(256))
         found, true = others(self, bank, sample[1::2]), others(exact, bank, sample[1::2])
         self.recall_ = float((found <= true*(1+1e-5)).float().mean())
         return self

@@ -175,7 +175,7 @@ def not_in_reference(
 )->list[str]: # empty if the reference can express the model
     "What the reference's files cannot say about a model."
     name = split_seed(model.backbone)[0]
-    plain = dict(stride=1, more_patchsizes=(), preprocessing='mean', aggregation='mean', patch_score='max', k=1, weights='pretrained', search='exact')
+    plain = dict(stride=1, more_patchsizes=(), preprocessing='mean', aggregation='mean', patch_score='max', k=1, weights='pretrained', search='exact', precision='float32')
     why = [] if BACK.get(name, name) in REFERENCE_BACKBONES else [f'the backbone {name}']
     own = {k: tuple(o) if isinstance(o := getattr(model, k), list) else o for k in plain}
     return why+[f'{k} {own[k]!r}' for k in plain if own[k] != plain[k]]

@@ -180,7 +180,7 @@ def scores(tmp_path, call, **kw):
 @pytest.mark.parametrize('flag, check', [
     ('--anomaly_scorer_num_nn 3', lambda m: m.k == 3), ('--patchscore mean', None), ('--patchscore smoothed', None), ('--patchscore reweighted', None),
     ('--patchoverlap 0', lambda m: m.stride == 3 and m.grid_ == (3, 3)), ('-pa 5', lambda m: m.more_patchsizes == (5,)), ('--preprocessing conv', None), ('--aggregation mlp', None),
-    ('--patchsize 5', None), ('--pretrain_embed_dimension 48', None), ('--target_embed_dimension 32', lambda m: m.memory_bank_.shape[1] == 32)])
+    ('--precision bfloat16', lambda m: m.precision == 'bfloat16'), ('--patchsize 5', None), ('--pretrain_embed_dimension 48', None), ('--target_embed_dimension 32', lambda m: m.memory_bank_.shape[1] == 32)])
 def test_flags_of_patch_core_do_something(call, tmp_path, flag, check):
     model, got = scores(tmp_path, call, core=f'{CORE} {flag}')
     assert check is None or check(model)

@@ -60,7 +60,7 @@ def test_extractor_matches_the_network_run_whole():
     for o in hooks: o.remove()
     for layers in (['layer2', 'layer3'], ['layer3', 'layer1'], ['layer4']):
         got = Extractor(backbone, layers)(x)
-        assert list(got) == layers and all(torch.equal(got[o], seen[o]) for o in layers)
+        assert list(got) == layers and all(torch.allclose(got[o], seen[o], rtol=1e-4, atol=1e-5*float(seen[o].max())) for o in layers) # another order in memory, another order of sums
     assert not any(m._forward_hooks for m in backbone.modules())
 
 @pytest.mark.parametrize('layers, says', [(['layr2'], "did you mean 'layer"), ([], 'at least one'), (['layer2', 'layer2'], 'twice'), (['layer2', ''], 'unknown layer'), (['layer2', 'conv9'], 'layer3')])

@@ -52,16 +52,16 @@ def spilling(model, n): # bytes
 
 # Plans
 
-def test_a_budget_in_between_spills(cogs, tmp_path):
-    budget = spilling(large(), len(cogs))
-    plan = large(memory_budget=budget, spill_dir=tmp_path).plan(len(cogs))
-    assert plan.where == 'file' and plan.peak <= budget < large().plan(len(cogs)).peak and f'in {tmp_path}' in str(plan)
-    with pytest.raises(ArgumentError, match='too small: about .* even with'): large(memory_budget=budget-1).plan(len(cogs))
+def test_a_budget_in_between_spills(tmp_path):
+    budget = spilling(large(), 40)
+    plan = large(memory_budget=budget, spill_dir=tmp_path).plan(40)
+    assert plan.where == 'file' and plan.peak <= budget < large().plan(40).peak and f'in {tmp_path}' in str(plan)
+    with pytest.raises(ArgumentError, match='too small: about .* even with'): large(memory_budget=budget-1).plan(40)
 
 def test_without_a_budget_what_is_free_counts(cogs, monkeypatch):
-    free = spilling(large(), len(cogs))
+    free = spilling(large(), 40)
     monkeypatch.setattr(memory, 'free_memory', lambda: free)
-    assert large().plan(len(cogs)).where == 'file'
+    assert large().plan(40).where == 'file'
     monkeypatch.setattr(memory, 'free_memory', lambda: free//2)
     with pytest.raises(DataError, match='close other programs'): large().fit(cogs)
 
@@ -187,13 +187,12 @@ def test_a_plan_is_kept(demo_root, tmp_path):
     "In memory and in a file: no more than was planned, and the file saves what the bank takes."
     found = {}
     tail = f'patch_core -b filterbank -le layer2 -le layer3 sampler -p 0.05 approx_greedy_coreset dataset -d cog demo {demo_root}'.split()
-    for name, flags in dict(free=[], tight=['--memory_budget', '300MB']).items():
+    for name, flags in dict(free=[], tight=['--memory_budget', '340MB']).items():
         found[name] = bench.watch(['--gpu', '-1', '--log_group', name, *flags, 'results', *tail], tmp_path)
         found[name]['csv'] = (tmp_path/'results'/'project'/name/'results.csv').read_bytes()
     assert 'in memory' in found['free']['plan'] and 'spilled' in found['tight']['plan']
     assert found['tight']['csv'] == found['free']['csv']
-    print({k: (v['peak'], v['plan']) for k, v in found.items()})
-    assert found['tight']['peak'] <= 300e6, found['tight']
+    assert found['tight']['peak'] <= 340e6, found['tight']
     assert found['free']['peak'] <= planned(found['free']['plan']), found['free']
 
 def planned(line): return memory.parse_size(line.split('peak about ')[1].split(' of ')[0])
