@@ -85,7 +85,7 @@ def lower_by_product(
     nearest:Tensor, # (N,) int64 position of each row's nearest pick, changed in place
 ):
     "Lower anchor distances to the nearest of some picks, by one matrix product a block."
-    chosen, block = bank[picks]-centre, at_once(bank, 2**19)//1024 # (n, d), rows at a time
+    chosen, block = bank[picks]-centre, at_once(bank, 2**21)//1024 # (n, d), rows at a time
     sq = chosen.square().sum(1)
     right = torch.cat([-2*chosen, sq[:, None]], 1) # with (x, 1) this makes |p|^2 - 2xp
     def work(share): # every share its own rows
@@ -188,7 +188,9 @@ def _next_picks(bank:Tensor, anchors:Tensor, pool:int, most:int)->tuple[Tensor,l
 def _table(rows:Tensor, block:int=128)->Tensor: # (B, B) float32
     "All distances among a few rows, by way of float64: picks that lie close together must be told apart."
     x, out = (rows-rows.mean(0)).double(), rows.new_empty(len(rows), len(rows))
-    for some, o in zip(x.split(block), out.split(block)): o.copy_(_sq_dists(some, x).clamp_(min=0).sqrt_())
+    def work(share):
+        for some, o in zip(x[share].split(block), out[share].split(block)): o.copy_(_sq_dists(some, x).clamp_(min=0).sqrt_())
+    in_threads(work, len(rows))
     return out.fill_diagonal_(0)
 
 # %% ../nbs/04_samplers.ipynb #074026c2
