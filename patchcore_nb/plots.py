@@ -398,7 +398,7 @@ def _facts(model:PatchCore)->dict[str,str]:
 @patch
 def _repr_html_(self:PatchCore):
     facts = {'backbone': f'{self.backbone}, {" + ".join(self.layers)}',
-             'image': f'shorter side to {self.preprocess_.resize}, the middle {self.imagesize} × {self.imagesize} pixels',
+             'image': f'shorter side to {self.scale_to}, the middle {self.imagesize} × {self.imagesize} pixels',
              'patch': f'{self.patchsize} × {self.patchsize} cells, {self.target_dim:,} values',
              'coreset': f'{100*self.ratio:.3g}% of all patches, by {self.sampler}'}
     fitted = hasattr(self, 'memory_bank_')

@@ -107,7 +107,7 @@ class Lowering:
         bank:Tensor, # (N, d)
     ):
         "Find the mean and, where it is of use, round the bank to eight bits."
-        self.bank, self.centre, self.codes, self.block = bank, bank.mean(0), None, at_once(bank, 2**20)//1024 # rows at a time
+        self.bank, self.centre, self.codes, self.block = bank, bank.mean(0), None, at_once(bank, 3*2**18)//1024 # rows at a time
         if not int8_works(str(bank.device)) or bank.shape[1] % 8: return
         self.mix = mixing(bank.shape[1]).to(bank.device)
         most = max(float(self._mixed(i).abs().max()) for i in range(0, len(bank), self.block))
@@ -185,7 +185,7 @@ def _next_picks(bank:Tensor, anchors:Tensor, pool:int, most:int)->tuple[Tensor,l
     new, new_dists = _pick_in_pool(_table(bank[rows].cpu()).numpy(), top.cpu().numpy().copy(), bound, most)
     return rows[torch.tensor(new, device=rows.device)], new_dists
 
-def _table(rows:Tensor, block:int=128)->Tensor: # (B, B) float32
+def _table(rows:Tensor, block:int=32)->Tensor: # (B, B) float32
     "All distances among a few rows, by way of float64: picks that lie close together must be told apart."
     x, out = (rows-rows.mean(0)).double(), rows.new_empty(len(rows), len(rows))
     def work(share):

@@ -45,7 +45,7 @@ def _write_ours(model:PatchCore, folder:Path, more:list[Path]):
     "Write our two files; `more` are the files beside them whose digests are noted too."
     state, tensors = model.get_state()
     (folder/TENSORS).write_bytes(save_tensors(tensors))
-    resized = f'shorter side to {model.preprocess_.resize} px (Pillow, bilinear, antialiased), middle {model.imagesize} x {model.imagesize}, ImageNet mean and deviation'
+    resized = f'shorter side to {model.scale_to} px (Pillow, bilinear, antialiased), middle {model.imagesize} x {model.imagesize}, ImageNet mean and deviation'
     values = dict(format=FORMAT, images=resized, **state, versions=versions(), sha256={p.name: digest(p) for p in [folder/TENSORS, *more]})
     (folder/VALUES).write_text(json.dumps(values, indent=1)+'\n', encoding='utf-8')
 
