@@ -10,17 +10,17 @@ __all__ = ['SAMPLERS', 'naive_farthest_points', 'Picks', 'lower_by_product', 'Lo
 # %% ../nbs/04_samplers.ipynb #252db6be
 from collections.abc import Callable
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .core import *
 from .core import unknown
-from .search import Codes, at_once, encode, int8_works, look, make_target, mixing, nearest_neighbours, pair_dists, product, smallest
+from .memory import release
+from .search import (GROUP, Codes, Target, at_once, encode, int8_works, least_value, make_target, mixing, nearest_neighbours, open_groups,
+    pair_dists, product, smallest, whole_product)
 
 # %% ../nbs/04_samplers.ipynb #b11815c4
 def naive_farthest_points(
@@ -44,8 +44,8 @@ class Picks(NamedTuple):
     idxs:Tensor         # (n,) int64 rows of the bank in pick order
     anchor_dists:Tensor # (n,) anchor distance of each pick when it was picked
     anchors:Tensor      # (N,) anchor distance of every row after the last pick; -1 for picks
-    nearest:Tensor      # (N,) int64 position in `idxs` of the nearest pick; -1 where the start is nearer than all
-    noted:list[Tensor]  # for each mark (N,) int32, the same after no more than so many picks
+    nearest:Tensor      # (N,) int32 position in `idxs` of the nearest pick; -1 where the start is nearer than all
+    noted:list[Tensor]  # for each mark the same after no more than so many picks
 
 def _pick_in_pool(
     table:np.ndarray,   # (B, B) distances within the pool
@@ -71,36 +71,80 @@ def _sq_dists(
     "Squared distances by one matrix product."
     return torch.addmm(b.square().sum(1)[None], a, b.T, alpha=-2).add_(a.square().sum(1)[:, None])
 
-def _take(anchors:Tensor, nearest:Tensor, rows:Tensor, d:Tensor, j:Tensor):
-    "Keep distances that are lower, in place."
+def _keep(
+    bank:Tensor,    # (N, d)
+    rows:Tensor,    # (n,) some of its rows
+    picks:Tensor,   # (m,) rows of the new picks
+    first:int,      # position of the first of them
+    r:Tensor,       # (P,) which of `rows`, ascending
+    j:Tensor,       # (P,) which of `picks`
+    anchors:Tensor, # (N,) lowered in place
+    nearest:Tensor, # (N,) changed in place
+):
+    "Measure the pairs of a short list; keep what is nearer than all before."
+    d = pair_dists(bank, rows[r], bank, picks[j], at_once(bank, 2**15))
+    live, r = r.unique_consecutive(return_inverse=True)
+    d, j = smallest(r, d, j, len(live), 1)
+    d, j, rows = d[:, 0], j[:, 0], rows[live]
     less = (d < anchors[rows]).nonzero()[:, 0]
-    anchors[rows[less]], nearest[rows[less]] = d[less], j[less]
+    anchors[rows[less]], nearest[rows[less]] = d[less], (j[less]+first).to(torch.int32)
 
 def lower_by_product(
     bank:Tensor,    # (N, d)
     centre:Tensor,  # (d,) mean of the bank
-    picks:Tensor,   # (n,) rows that were picked
+    picks:Tensor,   # (m,) rows that were picked
     first:int,      # position of the first of them
     anchors:Tensor, # (N,) anchor distances, lowered in place
-    nearest:Tensor, # (N,) int64 position of each row's nearest pick, changed in place
+    nearest:Tensor, # (N,) int32 position of each row's nearest pick, changed in place
+    rows:Tensor=None, # (n,) rows to lower; default: all
 ):
     "Lower anchor distances to the nearest of some picks, by one matrix product a block."
-    chosen, block = bank[picks]-centre, at_once(bank, 2**21)//1024 # (n, d), rows at a time
-    sq = chosen.square().sum(1)
-    right = torch.cat([-2*chosen, sq[:, None]], 1) # with (x, 1) this makes |p|^2 - 2xp
+    chosen, m = bank[picks]-centre, len(picks) # (m, d)
+    sq, block = chosen.square().sum(1), max(1, at_once(bank, 2**20)//m)
+    if rows is None: rows = torch.arange(len(bank), device=bank.device)
     def work(share): # every share its own rows
-        for i in range(share.start, share.stop, block):
-            x = bank[i:min(i+block, share.stop)]-centre
-            v = product(F.pad(x, (0, 1), value=1.), right) # (block, n)
-            x = x.square().sum(1)
+        room = bank.new_empty(min(block, share.stop-share.start), m)
+        for at in rows[share].split(block):
+            x = bank.index_select(0, at).sub_(centre)
+            v = torch.addmm(sq, x, chosen.T, alpha=-2, out=room[:len(at)]) # |p|^2 - 2xp
+            x = x.square_().sum(1)
             low, slack = v.amin(1), 2e-6*(x+sq.max()) # what rounding can do to a sum of this size
-            near = (low+x-slack < anchors[i:i+len(x)].clamp(min=0).square()).nonzero()[:, 0]
-            r, j = (v[near] <= (low+slack)[near, None]).nonzero(as_tuple=True) # all that may be the nearest
-            d, j = smallest(r, pair_dists(bank, i+near[r], bank, picks[j]), j, len(near), 1)
-            _take(anchors, nearest, i+near, d[:, 0], j[:, 0]+first)
-    in_threads(work, len(bank), bank.device)
+            need = torch.where(low+x-slack < anchors[at].clamp(min=0).square(), low+slack, -torch.inf)
+            hits = (v <= need[:, None]).flatten().nonzero()[:, 0] # all that may be the nearest
+            _keep(bank, at, picks, first, hits//m, hits % m, anchors, nearest)
+    in_threads(work, len(rows), bank.device)
 
 # %% ../nbs/04_samplers.ipynb #a6926e3b
+def _who_gains(
+    codes:Codes,   # of n rows
+    target:Target, # the new picks
+    limits:Tensor, # (n,) distance to the nearest pick before
+    room:Tensor,   # int32, to work in
+    block:int,     # rows at a time
+)->tuple[Tensor,Tensor]: # (n',) rows that some new pick may be nearer to; (n',) int32 the least v that their nearest can have
+    "Which rows must be looked at again."
+    top = torch.empty_like(codes.sq) # largest v of each row
+    for c, t in zip(codes.codes.split(block), top.split(block)): torch.amax(whole_product(c, target.columns, room).sub_(target.half), 1, out=t)
+    live = (top >= least_value(limits, codes, target)).nonzero()[:, 0]
+    codes = Codes(None, codes.sq[live], codes.err[live])
+    far = (codes.sq-2*top[live]+1).clamp_(min=0).double().sqrt_()*target.scale+codes.err+target.err # the nearest is no farther
+    return live, least_value(torch.minimum(far, limits[live]), codes, target)
+
+# %% ../nbs/04_samplers.ipynb #9394b3ff
+def _short_lists(
+    codes:Tensor,  # (n, d) int8
+    target:Target, # the new picks
+    need:Tensor,   # (n,) int32 least v
+    room:Tensor,   # int32, to work in
+)->tuple[Tensor,Tensor]|None: # (P,) rows, ascending; (P,) picks; None: too many to be worth it
+    "All picks that may be a row's nearest."
+    n, m = len(codes), target.columns.shape[1]
+    v = whole_product(codes, target.columns, room).sub_(target.half)
+    groups = v.view(n, m//GROUP, GROUP).amax(2)
+    found = open_groups(groups, v.view(-1, GROUP), torch.arange(n, device=v.device)*groups.shape[1], need, 16*n)
+    return None if found is None or len(found[0]) > 32*n else found # to measure a pair costs as much as to multiply some thirty
+
+# %% ../nbs/04_samplers.ipynb #82898ea7
 class Lowering:
     "Lowers anchor distances against new picks."
     def __init__(self,
@@ -108,6 +152,7 @@ class Lowering:
     ):
         "Find the mean and, where it is of use, round the bank to eight bits."
         self.bank, self.centre, self.codes, self.block = bank, bank.mean(0), None, at_once(bank, 3*2**18)//1024 # rows at a time
+        self.room = None
         if not int8_works(str(bank.device)) or bank.shape[1] % 8: return
         self.mix = mixing(bank.shape[1]).to(bank.device)
         most = max(float(self._mixed(i).abs().max()) for i in range(0, len(bank), self.block))
@@ -125,33 +170,37 @@ class Lowering:
         self.codes = Codes(new(n, d, dtype=torch.int8), new(n, dtype=torch.int32), new(n))
         for i in range(0, n, self.block):
             for all_rows, some in zip(self.codes, encode(self._mixed(i), self.scale)): all_rows[i:i+self.block] = some
-        self.coarse = 8*float(self.codes.err.mean()) # anchor distances below this are small against the rounding
-        self.rooms = SimpleQueue() # tensors to work in, one for a thread
+        self.room = new(torch.get_num_threads() if self.bank.device.type == 'cpu' else 1, at_once(self.bank, 2**19), dtype=torch.int32) # to work in, a row for each thread
 
     def __call__(self,
-        picks:Tensor,   # (n,) rows that were picked
+        picks:Tensor,   # (m,) rows that were picked
         first:int,      # position of the first of them
         anchors:Tensor, # (N,) anchor distances, lowered in place; -1 for picks
-        nearest:Tensor, # (N,) int64 position of each row's nearest pick, changed in place
+        nearest:Tensor, # (N,) int32 position of each row's nearest pick, changed in place
     ):
         "Lower anchor distances to the nearest of some picks."
-        if self.codes is not None and float(anchors.max()) < self.coarse: self.codes = self.rooms = None # from here on the product does it
-        if self.codes is None: lower_by_product(self.bank, self.centre, picks, first, anchors, nearest)
-        else: self._by_codes(picks, first, anchors, nearest)
+        for some in picks.split(4096):
+            if self.codes is None: lower_by_product(self.bank, self.centre, some, first, anchors, nearest)
+            elif self._by_codes(some, first, anchors, nearest) > len(self.bank)//2: self.codes, self.room = None, None # too coarse from here on
+            first += len(some)
         anchors[picks] = -1
 
-    def _by_codes(self, picks:Tensor, first:int, anchors:Tensor, nearest:Tensor):
+    def _by_codes(self, picks:Tensor, first:int, anchors:Tensor, nearest:Tensor)->int: # rows whose short lists were too long
         target = make_target(self.bank[picks], self.codes.take(picks), self.scale)
-        m = target.columns.shape[1]
+        rooms, block = list(self.room), self.room.shape[1]//target.columns.shape[1]
+        part, block, few = (min(at_once(self.bank, 2**i), most) for i, most in ((13, len(self.bank)), (12, block), (10, block))) # rows at a time
         def work(share): # every share its own rows
-            out = self.rooms.get() if self.rooms.qsize() else torch.empty(0, dtype=torch.int32, device=picks.device)
-            if len(out) < self.block*m: out = torch.empty(self.block*m, dtype=torch.int32, device=picks.device)
-            for i in range(share.start, share.stop, self.block):
-                at = slice(i, min(i+self.block, share.stop))
-                live, d, j = look(self.bank[at], self.codes.take(at), target, limits=anchors[at].clamp(min=0), out=out)
-                _take(anchors, nearest, i+live, d[:, 0], j[:, 0]+first)
-            self.rooms.put(out)
-        in_threads(work, len(self.bank), self.bank.device)
+            room, given_up = rooms.pop(), 0
+            for rows in torch.arange(share.start, share.stop, device=picks.device).split(part):
+                at = slice(int(rows[0]), int(rows[-1])+1)
+                live, need = _who_gains(self.codes.take(at), target, anchors[at].clamp(min=0), room, block)
+                for some, least in zip(rows[live].split(few), need.split(few)):
+                    found = _short_lists(self.codes.codes.index_select(0, some), target, least, room)
+                    if found: _keep(self.bank, some, picks, first, *found, anchors, nearest)
+                    else: lower_by_product(self.bank, self.centre, picks, first, anchors, nearest, some); given_up += len(some)
+            rooms.append(room)
+            return given_up
+        return sum(in_threads(work, len(self.bank), self.bank.device))
 
 # %% ../nbs/04_samplers.ipynb #cd9ea658
 def farthest_points(
@@ -166,31 +215,41 @@ def farthest_points(
     N = len(bank)
     if not 1 <= n <= N: raise ArgumentError(f'n must be from 1 to the {N} rows of the bank, got {n}')
     anchors = bank.new_full((N,), torch.inf) if start is None else start.clone()
-    nearest, lower = torch.full((N,), -1, device=bank.device), Lowering(bank)
+    nearest, lower = torch.full((N,), -1, dtype=torch.int32, device=bank.device), Lowering(bank)
     idxs, dists, noted = [], [], []
     while len(idxs) < n:
-        picks, new_dists = _next_picks(bank, anchors, pool, n-len(idxs))
-        while len(noted) < len(marks) and marks[len(noted)] < len(idxs)+len(picks): noted.append(nearest.to(torch.int32)) # before any later pick is known
+        picks, new_dists = _next_picks(bank, anchors, pool, n-len(idxs), lower.room)
+        while len(noted) < len(marks) and marks[len(noted)] < len(idxs)+len(picks): noted.append(nearest.clone()) # before any later pick is known
         lower(picks, len(idxs), anchors, nearest)
         idxs += picks.tolist(); dists += new_dists
         if tick: tick(len(picks))
-    return Picks(torch.tensor(idxs), torch.tensor(dists), anchors, nearest, noted+[nearest.to(torch.int32)]*(len(marks)-len(noted)))
+        release() # or every thread would keep the most that it ever used
+    return Picks(torch.tensor(idxs), torch.tensor(dists), anchors, nearest, noted+[nearest.clone() for _ in marks[len(noted):]])
 
-def _next_picks(bank:Tensor, anchors:Tensor, pool:int, most:int)->tuple[Tensor,list[float]]: # rows, their anchor distances
+def _next_picks(bank:Tensor, anchors:Tensor, pool:int, most:int, room:Tensor|None)->tuple[Tensor,list[float]]: # rows, their anchor distances
     "One round: as many picks as the pool can vouch for."
-    top, rows = anchors.topk(min(pool+1, len(bank)))
+    top, rows = _largest(anchors, min(pool+1, len(bank)))
     if top[0] == torch.inf: return rows.new_zeros(1), [torch.inf] # nothing is picked yet: take the first
     bound = float(top[pool]) if len(bank) > pool else -torch.inf
     top, rows = top[:pool], rows[:pool] # (B,)
-    new, new_dists = _pick_in_pool(_table(bank[rows].cpu()).numpy(), top.cpu().numpy().copy(), bound, most)
+    new, new_dists = _pick_in_pool(_table(bank[rows].cpu(), room).numpy(), top.cpu().numpy().copy(), bound, most)
     return rows[torch.tensor(new, device=rows.device)], new_dists
 
-def _table(rows:Tensor, block:int=32)->Tensor: # (B, B) float32
+def _largest(x:Tensor, k:int)->tuple[Tensor,Tensor]: # (k,) values, descending; (k,) rows
+    "The k largest values, by parts: a whole topk takes memory by the row."
+    part = at_once(x, 2**14)
+    found = [(v, i+first) for first in range(0, len(x), part) for v, i in [x[first:first+part].topk(min(k, len(x)-first, part))]]
+    values, rows = (torch.cat(o) for o in zip(*found))
+    values, at = values.topk(k)
+    return values, rows[at]
+
+def _table(rows:Tensor, room:Tensor=None, block:int=64)->Tensor: # (B, B) float32; in the memory of the room, if it is large enough
     "All distances among a few rows, by way of float64: picks that lie close together must be told apart."
-    x, out = (rows-rows.mean(0)).double(), rows.new_empty(len(rows), len(rows))
-    def work(share):
-        for some, o in zip(x[share].split(block), out[share].split(block)): o.copy_(_sq_dists(some, x).clamp_(min=0).sqrt_())
-    in_threads(work, len(rows))
+    x, n = (rows-rows.mean(0)).double(), len(rows)
+    sq, fits = x.square().sum(1), room is not None and room.device == rows.device and room.numel() >= n*n
+    out = room.view(-1)[:n*n].view(torch.float32).view(n, n) if fits else rows.new_empty(n, n)
+    for some, s, o in zip(x.split(block), sq.split(block), out.split(block)):
+        o.copy_(torch.addmm(sq, some, x.T, alpha=-2).add_(s[:, None]).clamp_(min=0).sqrt_())
     return out.fill_diagonal_(0)
 
 # %% ../nbs/04_samplers.ipynb #074026c2
@@ -326,7 +385,7 @@ def random_rows(
     "Rows at random: the baseline that a coreset must beat."
     idxs = torch.randperm(len(bank), generator=generator(seed))[:sizes[-1]]
     low = project(bank, 128, seed)
-    anchors, nearest, guesses = low.new_full((len(low),), torch.inf), torch.full((len(low),), -1, device=low.device), []
+    anchors, nearest, guesses = low.new_full((len(low),), torch.inf), torch.full((len(low),), -1, dtype=torch.int32, device=low.device), []
     lower = Lowering(low)
     with progress(None, 'coreset', sizes[-1], show, 'pick') as bar:
         for first, size in zip([0, *sizes], sizes):
@@ -334,7 +393,7 @@ def random_rows(
                 some = idxs[i:min(i+1024, size)]
                 lower(some.to(low.device), i, anchors, nearest)
                 bar.update(len(some))
-            guesses.append(nearest.to(torch.int32))
+            guesses.append(nearest.clone())
     return Sampled(idxs, torch.full((len(idxs),), torch.nan), guesses)
 
 @register_sampler('identity')

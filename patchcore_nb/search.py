@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROUP', 'REST', 'SEARCHES', 'PAIR', 'MIX', 'naive_neighbours', 'at_once', 'pair_dists', 'check_k',
            'nearest_neighbours', 'Codes', 'encode', 'int8_works', 'whole_product', 'Target', 'make_target',
-           'least_value', 'smallest', 'look', 'Sketch', 'mixing', 'principal_axes', 'product', 'sketch',
+           'least_value', 'smallest', 'look', 'open_groups', 'Sketch', 'mixing', 'principal_axes', 'product', 'sketch',
            'register_search', 'ByProduct', 'bound_length', 'choose_dims', 'Exact', 'others', 'measure_recall',
            'guess_length', 'Fast', 'Half', 'Eight', 'IVFPQ']
 
@@ -146,6 +146,7 @@ def whole_product(
     if a.device.type == 'cuda' and n < 32: return torch._int_mm(F.pad(a, (0, 0, 0, 32-n)), b)[:n] # CUDA wants more than 16 rows
     return torch._int_mm(a, b, out=a.new_empty(n, m, dtype=torch.int32) if out is None else out[:n*m].view(n, m))
 
+# %% ../nbs/00b_search.ipynb #40e597b8
 class Target(NamedTuple):
     "Rows to be searched, and their codes made ready."
     rows:Tensor    # (M, D) float32, to measure by
@@ -165,7 +166,7 @@ def make_target(
     half = codes.sq.double()/2 if rest is None else codes.sq.double()/2+rest.double()/(2*scale**2)
     return Target(rows, F.pad(codes.codes, (0, 0, 0, pad)).T, F.pad(half.to(torch.int32), (0, pad), value=2**29), float(codes.err.max()), scale)
 
-# %% ../nbs/00b_search.ipynb #40e597b8
+# %% ../nbs/00b_search.ipynb #73a3e4cb
 def least_value(
     dist:Tensor,   # (n,) how far a row may be
     codes:Codes,   # of the queries
@@ -175,6 +176,7 @@ def least_value(
     bound = (dist.double()*(1+1e-6)+codes.err+target.err)/target.scale # in steps of the grid
     return ((codes.sq.double()-bound.square())/2-2).clamp_(-2**28, 2**28).to(torch.int32)
 
+# %% ../nbs/00b_search.ipynb #06d20a89
 def smallest(
     r:Tensor, # (P,) queries
     d:Tensor, # (P,) distances
@@ -188,7 +190,7 @@ def smallest(
     chosen = order[at]
     return d[chosen], j[chosen]
 
-# %% ../nbs/00b_search.ipynb #73a3e4cb
+# %% ../nbs/00b_search.ipynb #6a80994d
 def look(
     queries:Tensor,     # (n, D)
     codes:Codes,        # of the queries
@@ -213,15 +215,23 @@ def look(
     d0 = pair_dists(queries, r0, target.rows, j0)
     far = d0.view(n, k).amax(1) if limits is None else torch.minimum(d0.view(n, k).amax(1), limits)
     need = least_value(far, codes, target) if least is None else least(best.view(n, k), live) # (n',)
-    r, j = _open(groups, v, first, need)
+    r, j = open_groups(groups, v, first, need)
     fresh = (j[:, None] != j0.view(n, k)[r]).all(1).nonzero()[:, 0]
     r, j = r[fresh], j[fresh]
     d = pair_dists(queries, r, target.rows, j)
     return live, *smallest(torch.cat([r0, r]), torch.cat([d0, d]), torch.cat([j0, j]), n, k)
 
-def _open(groups:Tensor, v:Tensor, first:Tensor, need:Tensor)->tuple[Tensor,Tensor]: # (P,) queries; (P,) rows
+# %% ../nbs/00b_search.ipynb #00a62a70
+def open_groups(
+    groups:Tensor, # (n, G) int32 largest v of each group
+    v:Tensor,      # (n', GROUP) int32 all v, a group in each row
+    first:Tensor,  # (n,) where in v the groups of each query begin
+    need:Tensor,   # (n,) int32 the least v that is of use
+    most:int=None, # give up if more groups than this are to be opened
+)->tuple[Tensor,Tensor]|None: # (P,) queries, ascending; (P,) rows
     "All rows whose v is at least what their query needs."
     hits = (groups >= need[:, None]).flatten().nonzero()[:, 0] # of n*G groups
+    if most is not None and len(hits) > most: return None
     r = hits//groups.shape[1]
     g = hits-r*groups.shape[1]
     inside = (v.index_select(0, first[r]+g) >= need[r][:, None]).flatten().nonzero()[:, 0]
@@ -240,6 +250,7 @@ def mixing(d:int, seed:int=0)->Tensor: # (d, d)
     "A random rotation."
     return torch.linalg.qr(torch.randn(d, d, generator=generator(seed)))[0]
 
+# %% ../nbs/00b_search.ipynb #4fae40f4
 def principal_axes(
     bank:Tensor,   # (M, D)
     centre:Tensor, # (D,) its mean
@@ -248,6 +259,7 @@ def principal_axes(
     cov = sum((o.T @ o).double() for o in (x-centre for x in bank.split(4096)))
     return torch.linalg.eigh(cov.cpu())[1].flip(1).float().to(bank.device)
 
+# %% ../nbs/00b_search.ipynb #f0f74b07
 def product(
     a:Tensor, # (n, D) float32, contiguous
     b:Tensor, # (m, D) float32, contiguous
@@ -256,6 +268,7 @@ def product(
     if a.device.type != 'cpu': return a @ b.T
     return F.conv2d(a.view(1, len(a), 1, -1).permute(0, 3, 1, 2), b[:, :, None, None])[0, :, :, 0].T
 
+# %% ../nbs/00b_search.ipynb #3365c95b
 def sketch(
     rows:Tensor, # (n, D)
     s:Sketch,
@@ -275,6 +288,7 @@ def register_search(
     def add(c): SEARCHES[name] = c; return c
     return add
 
+# %% ../nbs/00b_search.ipynb #fce7fbdb
 class ByProduct:
     "Exact search by matrix product in float32."
     recall_ = None # nothing to report
@@ -294,7 +308,7 @@ class ByProduct:
         "Search."
         return nearest_neighbours(queries-self.centre_, self.bank_, k, self.sq_)
 
-# %% ../nbs/00b_search.ipynb #fce7fbdb
+# %% ../nbs/00b_search.ipynb #12794278
 PAIR = 1000 # what measuring one pair costs, in whole-number products of two rows of the same length
 MIX = 5    # what a product of floating-point numbers costs, in whole-number products
 
@@ -310,6 +324,7 @@ def bound_length(
     bound = torch.cdist(y[:n], y).sub_(blur).clamp_(min=0).square_()+(rest[:n].sqrt()[:, None]-rest.sqrt()[None]).square() # (n, m)
     return float((bound <= dists[:, None]).sum())/n
 
+# %% ../nbs/00b_search.ipynb #eee5ca3b
 def choose_dims(
     rows:Tensor, # (m, D) some rows of the bank, in principal coordinates about its mean
     m:int,       # M, rows of the whole bank
