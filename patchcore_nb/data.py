@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'TURNS', 'Sample', 'Category', 'register_dataset', 'load_category', 'list_images', 'subfolders', 'mvtec',
-           'make_miniature', 'Preprocess', 'image_size', 'read_mask', 'read_masks', 'check_category', 'batches',
-           'check_split', 'hold_out']
+           'make_miniature', 'Preprocess', 'image_size', 'read_mask', 'read_masks', 'check_category', 'read_ahead',
+           'batches', 'check_split', 'hold_out']
 
 # %% ../nbs/01_data.ipynb #97adc4da
 import warnings
@@ -240,7 +240,7 @@ def check_category(
     return category
 
 # %% ../nbs/01_data.ipynb #2a04c22b
-def _ahead(
+def read_ahead(
     f:Callable,      # item -> anything
     items:Sequence,  # what to map over
     num_workers:int, # threads, at least 1
@@ -267,7 +267,7 @@ def batches(
     "Load images in batches, reading ahead in threads."
     if batch_size < 1: raise ArgumentError(f'batch_size must be at least 1, got {batch_size}: pass 8')
     if num_workers < 0: raise ArgumentError(f'num_workers must be at least 0, got {num_workers}: pass 2')
-    loaded = _ahead(load, items, num_workers, batch_size*2+num_workers) if num_workers else map(load, items)
+    loaded = read_ahead(load, items, num_workers, batch_size*2+num_workers) if num_workers else map(load, items)
     while batch := list(islice(loaded, batch_size)): yield torch.stack(batch) # (B, 3, H, W)
 
 # %% ../nbs/01_data.ipynb #19d26b44

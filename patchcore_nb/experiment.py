@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['REFERENCE_COLUMNS', 'METRICS', 'SETTINGS', 'JPEG', 'judge', 'with_mean', 'write_results', 'run_folder', 'settings_of',
-           'find_unfinished', 'picture_name', 'save_pictures', 'Run', 'search_recall', 'run', 'merge_neighbours',
-           'Nested', 'sweep']
+           'find_unfinished', 'picture_name', 'save_pictures', 'Run', 'search_recall', 'run', 'Nested', 'sweep']
 
 # %% ../nbs/10_experiment.ipynb #cb7a637d
 import itertools, json, os, sys, warnings
@@ -20,12 +19,12 @@ from einops import rearrange
 from torch import Tensor
 
 from .core import *
-from .data import Category, Preprocess, Sample, _ahead, check_category, read_masks
+from .data import Category, Preprocess, Sample, read_ahead, check_category, read_masks
 from .evaluation import auroc, evaluate
 from .patchcore import PatchCore, Prediction, RUNTIME, as_items
 from .plots import colour_range, draw_panel
 from .scorer import image_scores, make_maps, reweight
-from .search import GROUP, Exact, check_k, look, naive_neighbours, nearest_neighbours
+from .search import GROUP, Exact, check_k, look, merge_neighbours, naive_neighbours, nearest_neighbours
 from .store import formats_for, save
 
 # %% ../nbs/10_experiment.ipynb #39c5b325
@@ -147,7 +146,7 @@ def save_pictures(
         panel = draw_panel(preprocess.crop(read_image(o.path)), mask, prediction.anomaly_maps[i], float(prediction.image_scores[i]), top, o.kind, prediction.threshold, low)
         with replacing(folder/picture_name(o.path)) as temp: panel.save(temp, 'JPEG' if o.path.suffix.lower() in JPEG else 'PNG')
     jobs, n = [*enumerate(samples)], os.cpu_count() or 1
-    with progress(_ahead(draw, jobs, n, 2*n), 'pictures', len(jobs), show) as bar:
+    with progress(read_ahead(draw, jobs, n, 2*n), 'pictures', len(jobs), show) as bar:
         for _ in bar: pass
     return folder
 
@@ -217,15 +216,6 @@ def run(
     return Run(folder, with_mean(report), before)
 
 # %% ../nbs/10_experiment.ipynb #0b2370ad
-def merge_neighbours(
-    dists:Tensor, idxs:Tensor, # (Q, k) distances, ascending, and rows of the bank
-    more:Tensor, rows:Tensor,  # (Q, k') of other rows of the bank, likewise
-)->tuple[Tensor,Tensor]: # (Q, k) of both
-    "The k nearest of two lists of neighbours."
-    d, at = torch.cat([dists, more], 1).sort(dim=1, stable=True)
-    k = dists.shape[1]
-    return d[:, :k], torch.cat([idxs, rows], 1).gather(1, at)[:, :k]
-
 class Nested(Exact):
     "Exact search among the first rows of a bank, for several numbers of rows at once."
     def fit(self,

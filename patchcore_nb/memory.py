@@ -7,7 +7,7 @@ __all__ = ['UNITS', 'LIBRARIES', 'LOW', 'parse_size', 'say_size', 'container_fre
            'stages', 'Plan', 'make_plan']
 
 # %% ../nbs/00c_memory.ipynb #cfc04bac
-import contextlib, ctypes, os, re, tempfile
+import contextlib, ctypes, functools, os, re, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,9 +59,12 @@ def free_memory()->int: # bytes
     free = psutil.virtual_memory().available
     return min(free, container_free() or free)
 
+@functools.cache
+def _libc()->ctypes.CDLL: return ctypes.CDLL(None)
+
 def release():
     "Hand memory that is not in use any more back to the operating system, where its library can do that."
-    with contextlib.suppress(AttributeError, OSError, TypeError): ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(AttributeError, OSError, TypeError): _libc().malloc_trim(0)
 
 # %% ../nbs/00c_memory.ipynb #b5fcbb9e
 def _reserve(f, size:int):

@@ -22,7 +22,7 @@ from .aggregator import Aggregator
 from .cache import Cache, code_state, digest_image, digest_tensors
 from .core import *
 from .core import unknown
-from .data import Category, Preprocess, Sample, TURNS, _ahead, batches, check_split, hold_out, list_images
+from .data import Category, Preprocess, Sample, TURNS, read_ahead, batches, check_split, hold_out, list_images
 from .evaluation import conformal_threshold, images_needed
 from .extractor import Extractor, create_backbone, map_shapes, split_seed
 from .filterbank import FilterBank # which registers itself
@@ -126,6 +126,7 @@ def fresh(self:PatchCore)->PatchCore: # not fitted
     if hasattr(self, 'extractor_') and not hasattr(self.extractor_.backbone, 'calibrate'): new._shared = self._backbone_args(), self.extractor_.backbone
     return new
 
+# %% ../nbs/07_patchcore.ipynb #0996656e
 @patch
 def _dry_run(self:PatchCore)->list[tuple[int,int,int]]: # (C, h, w) of each layer
     "Shapes of the feature maps; the size of the largest map on the way is noted."
@@ -259,7 +260,7 @@ def _remembered(self:PatchCore, items:Sequence)->Iterator[Tensor]: # (B, h, w, D
         key = '{} {}'.format(digest_image(o[0]), o[1]) if isinstance(o, tuple) else f'{digest_image(o)} as it is'
         found = cache.get(key)
         return key, found and found['patches'], None if found else self._read(o)
-    looked = _ahead(look, items, self.num_workers, self.batch_size*2+self.num_workers) if self.num_workers else map(look, items)
+    looked = read_ahead(look, items, self.num_workers, self.batch_size*2+self.num_workers) if self.num_workers else map(look, items)
     while batch := list(islice(looked, self.batch_size)):
         images = [x for _, _, x in batch if x is not None]
         new = iter(self._forward(torch.stack(images)).cpu() if images else ())

@@ -6,8 +6,8 @@
 __all__ = ['GROUP', 'REST', 'SEARCHES', 'PAIR', 'MIX', 'naive_neighbours', 'at_once', 'pair_dists', 'check_k',
            'nearest_neighbours', 'Codes', 'encode', 'int8_works', 'whole_product', 'Target', 'make_target',
            'least_value', 'smallest', 'look', 'open_groups', 'Sketch', 'mixing', 'principal_axes', 'product', 'sketch',
-           'register_search', 'ByProduct', 'bound_length', 'choose_dims', 'Exact', 'others', 'measure_recall',
-           'guess_length', 'Fast', 'Half', 'Eight', 'IVFPQ']
+           'register_search', 'ByProduct', 'bound_length', 'choose_dims', 'merge_neighbours', 'Exact', 'others',
+           'measure_recall', 'guess_length', 'Fast', 'Half', 'Eight', 'IVFPQ']
 
 # %% ../nbs/00b_search.ipynb #3ffdda2a
 import math
@@ -52,6 +52,7 @@ def pair_dists(
     parts = [torch.linalg.vector_norm(queries.index_select(0, a).sub_(rows.index_select(0, b)), dim=1) for a, b in zip(i.split(block), j.split(block))]
     return torch.cat(parts) if parts else queries.new_empty(0)
 
+# %% ../nbs/00b_search.ipynb #e47cf227
 def _best(dists:Tensor, k:int)->tuple[Tensor,Tensor]:
     "The k smallest of each row, ascending, and where they are."
     if k > 1: return dists.topk(k, dim=1, largest=False)
@@ -71,6 +72,7 @@ def _by_product(q:Tensor, bank:Tensor, sq:Tensor, k:int, tile:int)->Tensor: # (n
         best, rows = d, r
     return rows
 
+# %% ../nbs/00b_search.ipynb #f0730bb1
 def check_k(
     k:int, # neighbours asked for
     m:int, # M, rows of the bank
@@ -346,6 +348,16 @@ def choose_dims(
 def _sample(n:int, most:int)->Tensor: # up to `most` of n rows, evenly
     return torch.linspace(0, n-1, min(n, most)).long()
 
+def merge_neighbours(
+    dists:Tensor, idxs:Tensor, # (n, k) distances, ascending, and rows of the bank
+    more:Tensor, rows:Tensor,  # (n, k') of other rows of the bank, likewise
+)->tuple[Tensor,Tensor]: # (n, k) of both
+    "The k nearest of two lists of neighbours."
+    both, at = torch.cat([dists, more], 1).sort(dim=1, stable=True)
+    k = dists.shape[1]
+    return both[:, :k], torch.cat([idxs, rows], 1).gather(1, at)[:, :k]
+
+# %% ../nbs/00b_search.ipynb #d13844aa
 @register_search('exact')
 class Exact:
     "Exact search: short lists by eight bits, distances in float32."
@@ -387,7 +399,7 @@ class Exact:
             limits = None if dists is None else dists[:, -1].contiguous()
             live, d, j = look(q, codes, t, k, limits, self._least(codes, rest), out)
             if dists is None: dists, idxs = d, j
-            else: dists[live], idxs[live] = _merge(dists[live], idxs[live], d, j+i*self.tile)
+            else: dists[live], idxs[live] = merge_neighbours(dists[live], idxs[live], d, j+i*self.tile)
         return dists, idxs
 
     def __call__(self,
@@ -407,11 +419,6 @@ class Exact:
         found = [self._look(q[i:i+n], codes.take(slice(i, i+n)), rest[i:i+n], k, out)
                  for q in queries.split(2048) for codes, rest in [self._encode(q)] for i in range(0, len(q), n)]
         return torch.cat([d for d, _ in found]), torch.cat([i for _, i in found])
-
-def _merge(d:Tensor, i:Tensor, more_d:Tensor, more_i:Tensor)->tuple[Tensor,Tensor]: # (n, k), (n, k)
-    "The k smallest of two sorted lists of k."
-    both, at = torch.cat([d, more_d], 1).sort(dim=1, stable=True)
-    return both[:, :d.shape[1]], torch.cat([i, more_i], 1).gather(1, at)[:, :d.shape[1]]
 
 # %% ../nbs/00b_search.ipynb #462bbd4d
 def others(
@@ -449,6 +456,7 @@ def guess_length(
     margin = ((guess.gather(1, near[:, None])-best)/unit.clamp(min=1e-9)).max()
     return float((guess <= best+margin*unit).sum())/n
 
+# %% ../nbs/00b_search.ipynb #2efb22be
 @register_search('fast')
 class Fast(Exact):
     "Nearly exact search: as `Exact`, but lists are cut by a learned margin. Neighbours that are found are measured exactly."
@@ -511,9 +519,10 @@ class _Tiled:
         for i in range(0, len(self.kept_), tile):
             rows = self._unfold(self.kept_[i:i+tile])
             d, j = nearest_neighbours(q, rows, min(k, len(rows)))
-            found = (d, j) if found is None else _merge(*found, d, j+i)
+            found = (d, j) if found is None else merge_neighbours(*found, d, j+i)
         return found
 
+# %% ../nbs/00b_search.ipynb #50cb2c93
 @register_search('fp16')
 class Half(_Tiled):
     "Search in a bank of float16: half the memory."
