@@ -161,6 +161,7 @@ def check(self:PatchCore)->PatchCore: # itself
     if self.k < 1: raise ArgumentError(f'k must be at least 1 neighbour, got {self.k}')
     if self.patch_score not in PATCH_SCORES: raise unknown('patchscore', self.patch_score, PATCH_SCORES)
     if self.search not in SEARCHES: raise unknown('search', self.search, SEARCHES)
+    SEARCHES[self.search]() # which refuses what cannot be done here
     return self._set_up()
 
 @patch

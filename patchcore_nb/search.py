@@ -560,15 +560,20 @@ class Eight(_Tiled):
 class IVFPQ:
     "The reference's approximate index: an inverted file of product-quantised rows, by faiss."
     lists, pieces, probes = 512, 64, 1 # as in the reference; fewer lists for a small bank, fewer pieces if they do not divide D
+    least = 256 # rows of a bank: as many as there are codewords
+
+    def __init__(self):
+        "Refuse at once if faiss is not there."
+        try: import faiss
+        except ImportError: raise ArgumentError('search ivfpq needs faiss, which is not installed: pip install faiss-cpu') from None
 
     def fit(self,
         bank:Tensor, # (M, D) float32
     ):
         "Train the index and measure its recall."
-        try: import faiss
-        except ImportError: raise ArgumentError('search ivfpq needs faiss, which is not installed: pip install faiss-cpu') from None
+        import faiss
         m, d = bank.shape
-        if m < 256: raise ArgumentError(f'search ivfpq learns 256 codewords, and the memory bank has {m} patches: keep more (-p) or use another search')
+        if m < self.least: raise ArgumentError(f'search ivfpq learns 256 codewords, and the memory bank has {m} patches: keep more (-p) or use another search')
         pieces = max(p for p in range(1, self.pieces+1) if d % p == 0)
         self.index_ = faiss.IndexIVFPQ(faiss.IndexFlatL2(d), d, max(1, min(self.lists, m//39)), pieces, 8)
         for o in (self.index_.cp, self.index_.pq.cp): o.seed, o.min_points_per_centroid = 0, 1 # no chance, no warnings

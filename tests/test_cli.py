@@ -206,6 +206,13 @@ def test_approximate_searches_say_how_well_they_do(call, tmp_path, search):
     assert values['params']['search'] == search and 0 < table.loc['mvtec_tile', 'search_recall'] <= 1
 
 
+def test_ivfpq_is_refused_before_any_image_is_read(call, monkeypatch):
+    pytest.importorskip('faiss')
+    refused(call(core=f'{CORE} --search ivfpq', sampler='-p 0.01 approx_greedy_coreset'), 2, 'at least 256 patches')
+    monkeypatch.setitem(sys.modules, 'faiss', None)
+    refused(call(core=f'{CORE} --search ivfpq'), 2, 'pip install faiss-cpu')
+
+
 def test_the_exact_search_has_nothing_to_say(call, tmp_path):
     assert 'search:' not in call()[2] and 'search_recall' not in next((tmp_path/'results').rglob('metrics.csv')).read_text()
 
