@@ -9,7 +9,7 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'PatchCoreError', 'DataError', 'Argu
            'progress']
 
 # %% ../nbs/00_core.ipynb #47a55bb6
-import contextlib, difflib, errno, math, os, shutil, warnings
+import contextlib, difflib, errno, math, os, shutil, uuid, warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -254,7 +254,7 @@ def replacing(
     "Yield a path beside `path` to write to; on success it takes the place of `path`, on failure it is removed."
     path = Path(path)
     make_folder(path.parent)
-    temp = path.with_name(f'.{path.name}.tmp-{os.getpid()}')
+    temp = path.with_name(f'.{path.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}')
     try:
         yield temp
         _sync(temp)

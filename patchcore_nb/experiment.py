@@ -23,7 +23,7 @@ from .data import Category, Preprocess, Sample, read_ahead, check_category, read
 from .evaluation import auroc, evaluate
 from .patchcore import PatchCore, Prediction, RUNTIME, as_items
 from .plots import colour_range, draw_panel
-from .scorer import image_scores, make_maps, reweight
+from .scorer import image_scores, limit_threads, make_maps, reweight
 from .search import GROUP, Exact, check_k, look, merge_neighbours, naive_neighbours, nearest_neighbours
 from .store import formats_for, save
 
@@ -160,7 +160,7 @@ class Run:
 
 def _one_category(model:PatchCore, category:Category, folder:Path, save_model:bool, pictures:bool, model_format:str)->dict[str,float]:
     "Fit, predict, judge and save one category."
-    model.spill_dir = folder
+    model.spill_dir = model.spill_dir or folder
     plan = model.plan(len(category.train), len(category.test))
     if model.show: print(f'plan for {category.key}: {plan}', file=sys.stderr)
     prediction = model.fit(category, plan=plan).predict(category.test)
@@ -234,7 +234,7 @@ class Nested(Exact):
         if k <= target.columns.shape[1]//GROUP:
             live, d, j = look(q, codes, target, k, limits, None, out)
             return live, d, j+a
-        d, j = nearest_neighbours(q-self.centre_, self.bank_[a:b]-self.centre_, min(k, b-a))
+        d, j = nearest_neighbours(q, self.bank_[a:b], min(k, b-a), self.centre_)
         return torch.arange(len(q), device=q.device), d.sqrt(), j+a
 
     def _look(self, q:Tensor, codes, rest:Tensor, k:int, out:Tensor)->tuple[Tensor,Tensor]: # (n, S*k), (n, S*k)
@@ -253,7 +253,7 @@ class Nested(Exact):
     )->list[tuple[Tensor,Tensor]]: # for each size (Q, k) squared distances, ascending; (Q, k) rows of the bank
         "Search."
         check_k(k, self.sizes_[0])
-        if not self.targets_: return [nearest_neighbours(queries-self.centre_, self.bank_[:m]-self.centre_, k) for m in self.sizes_]
+        if not self.targets_: return [nearest_neighbours(queries, self.bank_[:m], k, self.centre_) for m in self.sizes_]
         found = in_threads(lambda share: self._search(queries[share], k), len(queries), queries.device)
         dists, idxs = (torch.cat(o).split(k, 1) for o in zip(*found))
         return [(d.square(), i) for d, i in zip(dists, idxs)]
@@ -276,10 +276,20 @@ def _sweep_scores(model:PatchCore, bank:Tensor, items:Sequence, sizes:list[int],
     whole = {m: Exact().fit(bank[:m]) for m in ends if 'reweighted' in hows} # which looks for neighbours of neighbours
     for patches in model._embed(items, 'scoring'):
         q = rearrange(patches, 'b h w d -> (b h w) d').to(bank.device)
-        for m, (dists, idxs) in zip(ends, search(q, ks[-1])):
+        with limit_threads(model.search_threads): near = search(q, ks[-1])
+        for m, (dists, idxs) in zip(ends, near):
             for k, how in itertools.product(ks, hows):
                 found.setdefault((m, k, how), []).append(_scores(q, dists[:, :k], idxs, how, bank[:m], whole.get(m), patches.shape[:3]))
     return found
+
+
+def _check_sweep(model:PatchCore, n_images:int, ratios:list[float], ks:list[int], hows:list[str]):
+    "Refuse what cannot work before the work begins; changes the model's arguments."
+    if not ratios or not ks: raise ArgumentError('a sweep needs at least one ratio and one k: pass ratios=[.01, .1], ks=[1, 3]')
+    model.ratio, model.k = ratios[-1], ks[0]
+    for model.patch_score in hows: model.check()
+    for model.ratio, model.k, model.patch_score in itertools.product(ratios, ks, hows): sizes = model.check_size(n_images)
+    if len(ratios) > 1 and sizes[-1] == model._n_patches(len(sizes[0])): raise ArgumentError(f'ratio {ratios[-1]:g} keeps all patches, in no order of picks, and so has no smaller ratios in it: sweep ratios below 1, with a sampler that picks')
 
 # %% ../nbs/10_experiment.ipynb #f35bfb35
 def sweep(
@@ -293,10 +303,11 @@ def sweep(
     "Judge every combination of ratio, k and patch score, at the price of one; neighbours are searched exactly."
     ratios, ks, hows = sorted(set(ratios)), sorted(set(ks)), list(patch_scores or [model.patch_score])
     whole = model.fresh()
+    if not ratios or not ks: raise ArgumentError('a sweep needs at least one ratio and one k, and got none: pass ratios=[.01, .1], ks=[1, 3]')
+    _check_sweep(whole, len(category.train), ratios, ks, hows)
     whole.ratio, whole.k, whole.patch_score = ratios[-1], ks[0], hows[0]
     bank = whole._learn(category)
     sizes = [whole._smaller(r) for r in ratios]
-    check_k(ks[-1], sizes[0])
     found = _sweep_scores(whole, bank, as_items(category.test), sizes, ks, hows)
     labels, masks = np.array([o.label for o in category.test]), read_masks(category.test, whole.preprocess_)
     rows, last = [], (ratios[-1], ks[-1], hows[-1])

@@ -57,7 +57,8 @@ def container_free(
 def free_memory()->int: # bytes
     "What this process may still take without harm."
     free = psutil.virtual_memory().available
-    return min(free, container_free() or free)
+    inside = container_free()
+    return free if inside is None else min(free, inside)
 
 @functools.cache
 def _libc()->ctypes.CDLL: return ctypes.CDLL(None)
@@ -153,7 +154,8 @@ def make_plan(
     device:str|torch.device='cpu', # where the backbone computes
 )->Plan:
     "Decide where the bank goes, or refuse a budget that is too small even so."
-    given, most = budget is not None, parse_size(budget) or free_memory()
+    given = budget is not None
+    most = parse_size(budget) if given else free_memory()
     plans = [Plan(load, most, where, Path(folder) if folder else None, given) for where in (['gpu'] if _on_gpu(load, device) else ['memory', 'file'])]
     plan = next((o for o in plans if o.peak <= most), None)
     if plan: return plan

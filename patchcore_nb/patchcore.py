@@ -244,14 +244,11 @@ def _embed(self:PatchCore,
 @patch
 def _recipe(self:PatchCore)->dict:
     "All that an embedding depends on, but for the image."
-    def file(o):
-        try: return inspect.getsourcefile(o) or ''
-        except (TypeError, OSError): return '' # written in a notebook
     backbone = self.extractor_.backbone
     settings = ['backbone', 'layers', 'imagesize', 'patchsize', 'more_patchsizes', 'stride', 'pretrain_dim', 'target_dim', 'preprocessing', 'aggregation']
     random = {'conv', 'mlp'} & {self.preprocessing, self.aggregation}
     return dict(settings={k: list(v) if isinstance(v := getattr(self, k), tuple) else v for k in settings}, resize=self.scale_to, precision=self.extractor_.precision, seed=self._seed() if random else None,
-                backbone_sha256=digest_tensors(backbone.state_dict()), device=self.device_.type, code=code_state([file(o) for o in (type(backbone), Extractor, Aggregator, Preprocess, to_tensor)]))
+                backbone_sha256=digest_tensors(backbone.state_dict()), device=self.device_.type, code=code_state([PatchCore, Extractor, Aggregator, Preprocess, to_tensor, *{type(o) for o in backbone.modules()}]))
 
 @patch
 def _remembered(self:PatchCore, items:Sequence)->Iterator[Tensor]: # (B, h, w, D)

@@ -390,7 +390,7 @@ def _facts(model:PatchCore)->dict[str,str]:
     m, d = model.memory_bank_.shape
     of = f' of {model.n_patches_:,}, from {model.n_images_} image{"s" * (model.n_images_ != 1)}' if model.n_patches_ else ''
     facts = {'memory bank': f'{m:,} patches{of} ({m*d*model.memory_bank_.element_size()/2**20:.3g} MB)'}
-    if model.radii_: facts['cover radius'] = f'{model.radii_[-1]:.4g}'
+    if model.radii_ and model.sizes_[-1] == m: facts['cover radius'] = f'{model.radii_[-1]:.4g}'
     held = model.train_val_split < 1
     if model.threshold_ is None: return facts | {'threshold': f'none: {"too few" if held else "no"} images were held out'}
     return facts | {'threshold': f'{model.threshold_:.4g}' + (f', for {100*model.false_alarms:.3g}% false alarms' if held else '')}

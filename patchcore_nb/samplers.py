@@ -153,6 +153,7 @@ class Lowering:
     ):
         "Find the mean and, where it is of use, round the bank to eight bits."
         self.bank, self.centre, self.codes, self.block = bank, bank.mean(0), None, at_once(bank, 3*2**18)//1024 # rows at a time
+        if not self.centre.isfinite().all(): raise DataError('patch embeddings hold NaN or infinity: check the weights and the images')
         self.room = None
         if not int8_works(str(bank.device)) or bank.shape[1] % 8: return
         self.mix = mixing(bank.shape[1]).to(bank.device)
@@ -215,7 +216,9 @@ def farthest_points(
     "Greedy k-centre: repeatedly pick the row farthest from all picks."
     N = len(bank)
     if not 1 <= n <= N: raise ArgumentError(f'n must be from 1 to the {N} rows of the bank, got {n}')
-    anchors = bank.new_full((N,), torch.inf) if start is None else start.clone()
+    if pool < 1: raise ArgumentError(f'pool must be at least 1 row, got {pool}: pass 1024')
+    bank = bank.float()
+    anchors = bank.new_full((N,), torch.inf) if start is None else start.to(bank.dtype, copy=True)
     nearest, lower = torch.full((N,), -1, dtype=torch.int32, device=bank.device), Lowering(bank)
     idxs, dists, noted = [], [], []
     while len(idxs) < n:
@@ -247,7 +250,8 @@ def _largest(x:Tensor, k:int)->tuple[Tensor,Tensor]: # (k,) values, descending; 
 
 def _table(rows:Tensor, room:Tensor=None, block:int=64)->Tensor: # (B, B) float32; in the memory of the room, if it is large enough
     "All distances among a few rows, by way of float64: picks that lie close together must be told apart."
-    x, n = (rows-rows.mean(0)).double(), len(rows)
+    x, n = rows.double(), len(rows)
+    x -= x.mean(0)
     sq, fits = x.square().sum(1), room is not None and room.device == rows.device and room.numel() >= n*n
     out = room.view(-1)[:n*n].view(torch.float32).view(n, n) if fits else rows.new_empty(n, n)
     for some, s, o in zip(x.split(block), sq.split(block), out.split(block)):
@@ -428,7 +432,7 @@ def coreset(
     show:bool=False, # draw a progress bar?
 )->Coreset:
     "Pick a coreset and measure how well it covers the bank."
-    n = coreset_size(len(bank), ratio, sampler)
+    n, bank = coreset_size(len(bank), ratio, sampler), bank.float()
     if n == len(bank): sampler = 'identity'
     sizes = [n] if sampler == 'identity' else sorted({max(1, n//2**i) for i in range(5)})
     found = SAMPLERS[sampler](bank, sizes, seed, show)

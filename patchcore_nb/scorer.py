@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATCH_SCORES', 'blur_matrix', 'smooth_grid', 'image_scores', 'reweight', 'map_matrix', 'make_maps', 'naive_maps',
-           'Scores', 'Scorer']
+           'Scores', 'limit_threads', 'Scorer']
 
 # %% ../nbs/05_scorer.ipynb #3471eaeb
 import contextlib
@@ -108,7 +108,7 @@ class Scores(NamedTuple):
     nn_idxs:Tensor      # (B, h, w) int64 row of the nearest patch in the memory bank
 
 @contextlib.contextmanager
-def _threads(n:int|None):
+def limit_threads(n:int|None):
     "Let torch use n threads for a while; None: as it is."
     before = torch.get_num_threads()
     if n: torch.set_num_threads(n)
@@ -134,7 +134,7 @@ class Scorer:
         if self.search not in SEARCHES: raise unknown('search', self.search, SEARCHES)
         check_k(self.k, len(memory_bank))
         self.bank_ = memory_bank
-        with _threads(self.num_threads): self.search_ = SEARCHES[self.search]().fit(memory_bank)
+        with limit_threads(self.num_threads): self.search_ = SEARCHES[self.search]().fit(memory_bank)
         return self
 
     def __call__(self,
@@ -144,7 +144,7 @@ class Scorer:
         b, h, w, _ = patches.shape
         q = rearrange(patches, 'b h w d -> (b h w) d').to(self.bank_.device)
         if not q.isfinite().all(): raise DataError('patch embeddings hold NaN or infinity: check the weights and the images')
-        with _threads(self.num_threads): dists, idxs = self.search_(q, self.k)
+        with limit_threads(self.num_threads): dists, idxs = self.search_(q, self.k)
         patch_scores = rearrange(dists.mean(1), '(b h w) -> b h w', b=b, h=h)
         scores = image_scores(patch_scores, self.how)
         if self.how == 'reweighted':

@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ import torchvision
 from PIL import Image
 
 from patchcore_nb import cache, patchcore
+from patchcore_nb.cache import Cache
 from patchcore_nb.cli import main
 from patchcore_nb.core import DataError
 from patchcore_nb.data import load_category, make_miniature
 from patchcore_nb.experiment import sweep
-from patchcore_nb.extractor import Extractor
+from patchcore_nb.extractor import BACKBONES, Extractor
 from patchcore_nb.patchcore import PatchCore
 
 SMALL = dict(pretrain_dim=64, target_dim=64, imagesize=64, resize=64, batch_size=2, device='cpu', ratio=.2)
@@ -122,13 +124,37 @@ def test_another_training_set_calibrates_anew(tile, kept):
 def test_changed_code_misses(tile, kept, monkeypatch):
     model(kept, 'resnet18').fit(tile)
     n = len(files(kept))
-    monkeypatch.setattr(patchcore, 'code_state', lambda files, real=cache.code_state: real(files)|{'aggregator.py': 'edited'})
+    monkeypatch.setattr(patchcore, 'code_state', lambda files, real=cache.code_state: real(files)|{'patchcore_nb.aggregator.Aggregator': 'edited'})
     model(kept, 'resnet18').fit(tile)
     assert len(files(kept)) == 2*n and len({*kept.iterdir()}) == 2
 
 def test_the_code_that_counts(tile, kept):
     recipe = model(kept, 'resnet18').check()._recipe()['code']
-    assert {'aggregator.py', 'extractor.py', 'data.py', 'core.py', 'resnet.py', 'torch', 'pillow'} <= set(recipe)
+    assert {*(f'patchcore_nb.{o}' for o in ('aggregator.Aggregator', 'extractor.Extractor', 'data.Preprocess', 'core.to_tensor', 'patchcore.PatchCore')), 'torch', 'torchvision', 'pillow'} <= set(recipe)
+
+def test_a_backbone_from_a_notebook_that_has_changed_misses(tile, kept, monkeypatch):
+    def banks(factor):
+        space = dict(torch=torch, __name__='__main__')
+        exec(f'''
+class Plain(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.AvgPool2d(8)
+    def forward(self, x): return self.layer(x*{factor})
+''', space) # no file, as in a notebook
+        monkeypatch.setitem(BACKBONES, 'plain', lambda *a, **kw: space['Plain']())
+        return [PatchCore('plain', ['layer'], target_dim=32, device='cpu', imagesize=64, resize=70, cache=c).fit(tile).memory_bank_ for c in (kept, None)]
+    for factor in (1, 5):
+        kept_bank, fresh_bank = banks(factor)
+        assert torch.equal(kept_bank, fresh_bank)
+
+def test_many_threads_open_one_cache(tmp_path):
+    def work(i):
+        c = Cache(tmp_path, dict(a=1))
+        c.put('x', dict(t=torch.ones(3)))
+        return c.get('x')
+    with ThreadPoolExecutor(8) as pool: assert all(torch.equal(o['t'], torch.ones(3)) for o in pool.map(work, range(100)))
+    assert not [o for o in tmp_path.rglob('*') if 'tmp' in o.name]
 
 @pytest.mark.parametrize('damage', [lambda b: b[:-100], lambda b: b'', lambda b: b[:300]+bytes([b[300] ^ 4])+b[301:], lambda b: b[:-1]+bytes([b[-1] ^ 128]), lambda b: b'\xff'*len(b), lambda b: b+b'x'])
 def test_damage_is_found_and_mended(tile, kept, damage):

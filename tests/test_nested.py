@@ -99,3 +99,21 @@ def test_a_sweep_judges_pixels_once_unless_asked(cog):
 @pytest.mark.parametrize('kw, word', [(dict(ratios=[.1, 2]), r'\(0, 1\]'), (dict(ratios=[.1, 1]), 'no order of picks'), (dict(ratios=[.00001, .1], ks=[5]), 'memory bank of 1 '), (dict(patch_scores=['maks']), 'unknown patchscore')])
 def test_sweeps_that_cannot_be(cog, kw, word):
     with pytest.raises(ArgumentError, match=word): sweep(model(), cog, **dict(ratios=[.1]) | kw)
+
+
+@pytest.mark.parametrize('args, words', [
+    (dict(ratios=[.1, 1.]), 'below 1'), (dict(ratios=[0, .1]), 'ratio'), (dict(ratios=[.1], ks=[1, 10**6]), 'memory bank'), (dict(ratios=[.1], ks=[0, 1]), 'at least 1'),
+    (dict(ratios=[.1], patch_scores=['max', 'foo']), 'unknown patchscore'), (dict(ratios=[]), 'at least one ratio'), (dict(ratios=[1e-6, .1], patch_scores=['reweighted']), 'reweighted')])
+def test_a_sweep_is_refused_before_the_work_begins(cog, monkeypatch, args, words):
+    monkeypatch.setattr(PatchCore, '_fill', lambda *a, **kw: pytest.fail('images were embedded'))
+    with pytest.raises(ArgumentError, match=words): sweep(model(), cog, **args)
+
+def test_a_sweep_keeps_to_its_threads(cog, monkeypatch):
+    few, seen = Category(**vars(cog) | dict(train=cog.train[:4], test=cog.test[::6])), []
+    monkeypatch.setattr(torch, 'set_num_threads', lambda n, real=torch.set_num_threads: (seen.append(n), real(n)))
+    sweep(model(search_threads=7), few, [.1])
+    assert 7 in seen
+
+def test_a_resized_model_claims_no_radius_of_another(wide):
+    m = wide.resize(.0999)
+    assert m.sizes_[-1] < len(m.memory_bank_) and 'cover radius' not in m._repr_html_() and 'cover radius' in wide._repr_html_()

@@ -133,3 +133,69 @@ def test_the_nearly_exact_search(patches, fitted, no_codes, codes):
     found = Fast().fit(bank)
     assert bool(found.targets_) == (codes and search.int8_works())
     assert float((measure(found(queries)[1][:, 0]) <= least*(1+1e-5)).float().mean()) >= .9999
+
+
+def far_apart(n, d, far, seed=0):
+    "Two clouds about which no mean is any good."
+    x = torch.randn(n, d, generator=generator(seed))*.1
+    x[n//2:] += far
+    return x
+
+@pytest.mark.parametrize('far', [30., 300., 3000.])
+@pytest.mark.parametrize('n', [600, 3000])
+@pytest.mark.parametrize('k', [1, 4])
+def test_exact_is_exact_where_the_product_has_no_digits_left(far, n, k):
+    bank, queries = far_apart(n, 64, far), far_apart(200, 64, far, 1)
+    truth = torch.cdist(queries.double(), bank.double(), compute_mode='donot_use_mm_for_euclid_dist').topk(k, largest=False)[0]
+    for way in (Exact, ByProduct):
+        found, idxs = way().fit(bank)(queries, k)
+        assert float((found.double().sqrt()/truth-1).abs().max()) < (1e-5 if way is Exact else 1e-2) # rows as they are; rows about their mean, rounded
+    radius = samplers.cover_radii(bank, torch.arange(0, n, 7), [len(range(0, n, 7))], [torch.zeros(n, dtype=torch.int32)])[0]
+    assert radius == pytest.approx(float(torch.cdist(bank.double(), bank[::7].double()).amin(1).max()), rel=1e-2 if far > 300 else 1e-4)
+
+@pytest.mark.parametrize('k', [1, 3])
+def test_one_row_or_query_far_out_costs_time_not_truth(k):
+    mix = torch.randn(512, 512, generator=generator(0))*torch.arange(1, 513)**-.75
+    bank, queries = (torch.randn(n, 512, generator=generator(s)) @ mix for n, s in ((4000, 1), (300, 2)))
+    bank[7] *= 1000
+    queries = torch.cat([queries, queries[:50]*10, torch.randn(50, 512, generator=generator(3))*queries.std()])
+    truth = torch.cdist(queries.double(), bank.double(), compute_mode='donot_use_mm_for_euclid_dist').topk(k, largest=False)[0]
+    found, _ = Exact().fit(bank)(queries, k)
+    assert float((found.double().sqrt()/truth-1).abs().max()) < 1e-5
+
+@pytest.mark.parametrize('eps', [1e-2, 1e-4, 1e-5])
+def test_picks_in_tight_clusters_are_greedy(eps):
+    bank = torch.randn(20, 32, generator=generator(0))[torch.randint(20, (1500,), generator=generator(1))]+eps*torch.randn(1500, 32, generator=generator(2))
+    assert shortfall(bank, farthest_points(bank, 400).idxs) < 1e-6
+
+def test_other_types_and_shapes(no_codes):
+    x = torch.randn(3000, 24, generator=generator(0))
+    assert torch.equal(farthest_points(x.double(), 50).idxs, farthest_points(x, 50).idxs)
+    assert torch.equal(coreset(x.double(), .01).idxs, coreset(x, .01).idxs)
+    assert torch.equal(Exact().fit(x.double())(x[:9].double())[1][:, 0], torch.arange(9))
+    for way in (Exact, Fast):
+        assert way().fit(x)(x[:0])[0].shape == (0, 1)
+        assert torch.equal(way().fit(x[:, :5].contiguous())(x[:9, :5].contiguous())[1][:, 0], torch.arange(9)) # fewer values than a sketch has
+    for bad in (torch.nan, torch.inf):
+        y = x.clone()
+        y[5, 3] = bad
+        with pytest.raises(DataError, match='NaN or infinity'): coreset(y, .1)
+    with pytest.raises(samplers.ArgumentError, match='pool'): farthest_points(x, 3, pool=0)
+
+def test_all_tiles_know_enough_rows_for_k(monkeypatch):
+    monkeypatch.setattr(Exact, 'tile', 2000)
+    x = torch.randn(4020, 16, generator=generator(0)) @ torch.randn(16, 64, generator=generator(1))
+    way = Exact().fit(x)
+    assert not way.targets_ or [len(o.rows) for o in way.targets_] == [1340]*3
+    truth = torch.cdist(x[:99].double(), x.double(), compute_mode='donot_use_mm_for_euclid_dist').topk(5, largest=False)[0]
+    assert float((way(x[:99], 5)[0].double().sqrt()-truth).abs().max()) < 1e-4
+
+def test_ivfpq_tells_the_recall_that_it_has():
+    pytest.importorskip('faiss')
+    x, q = (torch.randn(n, 64, generator=generator(s)) for n, s in ((8000, 0), (1000, 1)))
+    way, right = search.IVFPQ().fit(x), Exact().fit(x)(q)[1]
+    assert abs(way.recall_-float((way(q)[1] == right).float().mean())) < .1
+    repeated = search.IVFPQ().fit(torch.randn(3, 64, generator=generator(2)).repeat(500, 1)) # most lists are empty
+    assert repeated(q, 1)[1].min() >= 0 and repeated(q, 7)[1].min() >= 0
+
+def test_a_bank_of_one_has_a_recall(): assert search.SEARCHES['fp16']().fit(torch.ones(1, 8)).recall_ == 1
