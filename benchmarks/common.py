@@ -206,6 +206,7 @@ def report(
 ):
     "Print a table and write the JSON file."
     for name, table in dict(rows=rows, **more).items():
+        if any(isinstance(v, list) for o in table for v in o.values()): continue # a curve, to be drawn
         print(f'\n{what if name == "rows" else name}\n', pd.DataFrame(table).to_string(index=False, na_rep='-', float_format=lambda v: f'{v:.4g}'), sep='\n')
     args.out.mkdir(parents=True, exist_ok=True)
     out = dict(what=what, quick=args.quick, machine=machine(), rows=rows, **more)

@@ -3,7 +3,7 @@
 `python benchmarks/memory.py` runs the command line on bottle with ResNet-18, if PATCHCORE_NB_TESTDATA names a folder
 with data/ and weights/, else on a category of the demo set. It prints a table and writes results/memory.json. Linux only.
 """
-import json
+
 import os
 import re
 import subprocess
@@ -12,10 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import pandas as pd
 import psutil
+from common import options, report
 
-HERE = Path(__file__).resolve().parent
 CHILD = '''
 import re, sys
 from pathlib import Path
@@ -41,7 +40,7 @@ def anonymous(
 def watch(
     args:list[str], # of the command line
     folder:Path,    # to run in
-)->dict: # base and peak in bytes, seconds, the plan's line, and the course as [second, MB above the base]
+)->dict: # base and peak in bytes, what was planned, seconds, and the course as [second, MB above the base]
     "Run the command line and look at its memory all the time."
     with open(folder/'stderr.txt', 'w+', encoding='utf-8') as err:
         start, course = time.perf_counter(), []
@@ -55,8 +54,8 @@ def watch(
         err.seek(0)
         said = err.read().replace('\r', '\n')
     if child.wait(): sys.exit(said[-2000:])
-    plan = next(o for o in said.splitlines() if o.startswith('plan'))
-    return dict(base=base, peak=max(m for _, m in course)-base, seconds=round(seconds, 1), plan=plan, course=[[round(t, 1), round((m-base)/1e6)] for t, m in course[::25]])
+    plan = next(o for o in said.splitlines() if o.startswith('plan')).split('peak about ')[1].split(' of ')[0]
+    return dict(base=base, peak=max(m for _, m in course)-base, planned=plan, seconds=seconds, course=[[round(t, 1), round((m-base)/1e6)] for t, m in course[::25]])
 
 
 def arguments()->tuple[str,str,list[str]]: # what it is, the model's part, the data's part
@@ -67,7 +66,9 @@ def arguments()->tuple[str,str,list[str]]: # what it is, the model's part, the d
 
 
 def main():
+    args = options(__doc__)
     what, model, data = arguments()
+    if args.quick: model, data = f'{model} --target_embed_dimension 64', ['--imagesize', '64', '--resize', '64', *data]
     rows, results = [], []
     with tempfile.TemporaryDirectory() as temp:
         for name, flags in ROWS.items():
@@ -75,13 +76,10 @@ def main():
             tail = f'patch_core {model} -le layer2 -le layer3 sampler -p 0.1 approx_greedy_coreset dataset'.split()+data
             for _ in range(1+len(cache)//2): # the first time fills the cache
                 found = watch(['--gpu', '-1', '--log_group', re.sub(r'\W+', '_', name), *flags, *cache, 'results', *tail], Path(temp))
-            rows.append(dict(budget=name, **found))
             results.append(sorted(Path(temp).glob(f'results/project/{re.sub(r"[^a-zA-Z0-9]+", "_", name)}*/results.csv'))[-1].read_bytes())
-    same = ['same' if o == results[0] else 'OTHER' for o in results]
-    table = pd.DataFrame([dict(budget=r['budget'], **{'peak above imports, MB': round(r['peak']/1e6), 'planned, MB': r['plan'].split('peak about ')[1].split(' of ')[0], 's': r['seconds'], 'results.csv': o}) for r, o in zip(rows, same)])
-    print(f'{what}, ratio 0.1: fit, predict and metrics by the command line\n', table.to_string(index=False), sep='\n')
-    (HERE/'results').mkdir(exist_ok=True)
-    (HERE/'results'/'memory.json').write_text(json.dumps(dict(what=what, step=STEP, rows=[r | {'results.csv': o} for r, o in zip(rows, same)]), indent=1)+'\n', encoding='utf-8')
+            rows.append(dict(what=name, baseline=next(iter(ROWS)), **found, ratio=found['peak']/(rows[0]['peak'] if rows else found['peak']), same_results=results[-1] == results[0]))
+    courses = [dict(what=r['what'], course=r.pop('course')) for r in rows]
+    report(args, __file__, f'{what}, ratio 0.1: fit, predict and metrics by the command line; peak above the imports, bytes', rows, courses=courses)
 
 
 if __name__ == '__main__':

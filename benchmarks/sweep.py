@@ -3,66 +3,38 @@
 `python benchmarks/sweep.py` works on bottle with ResNet-18, if PATCHCORE_NB_TESTDATA names a folder with data/ and
 weights/, else on a category of the demo set. It prints two tables and writes results/sweep.json.
 """
-import json
-import os
-import statistics
+
 import tempfile
-import time
+from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
+from common import options, race, report, rows_of, seconds, subject
 
-from patchcore_nb.data import load_category
-from patchcore_nb.demo import DEMO_CATEGORIES # the import registers the set
 from patchcore_nb.experiment import judge, sweep
 from patchcore_nb.patchcore import PatchCore
 
-HERE = Path(__file__).resolve().parent
-RATIOS, KS, TIMES = (.005, .01, .02, .05, .1), (1, 3, 9), 3
-
-
-def subject(
-    temp:Path, # for the demo set
-)->tuple: # what it is, the category, arguments of the model
-    "What is swept."
-    root = os.environ.get('PATCHCORE_NB_TESTDATA')
-    if not root: return f'demo {DEMO_CATEGORIES[-1]}, filterbank', load_category('demo', temp, DEMO_CATEGORIES[-1]), dict(backbone='filterbank')
-    return 'bottle, ResNet-18', load_category('mvtec', Path(root)/'data'/'mvtec256', 'bottle'), dict(backbone='resnet18', weights_dir=Path(root)/'weights')
-
-
-def seconds(
-    f, # nothing -> anything
-)->tuple[float,object]: # median of several times; the last result
-    "How long something takes."
-    taken = []
-    for _ in range(TIMES):
-        start = time.perf_counter()
-        result = f()
-        taken.append(time.perf_counter()-start)
-    return statistics.median(taken), result
+RATIOS, KS = (.005, .01, .02, .05, .1), (1, 3, 9)
 
 
 def main():
+    args, tables, figures = options(__doc__), [], []
     with tempfile.TemporaryDirectory() as temp:
-        what, category, kw = subject(Path(temp))
-        def full(k=1):
-            model = PatchCore(**kw, ratio=RATIOS[-1], k=k, device='cpu')
-            return judge(model.fit(category).predict(category.test), category.test, model.preprocess_)
-        def swept(): return sweep(PatchCore(**kw, device='cpu', cache=Path(temp)/'cache'), category, RATIOS, KS)
-        start = time.perf_counter()
-        swept() # fills the cache
-        filling = time.perf_counter()-start
-        size = sum(p.stat().st_size for p in (Path(temp)/'cache').rglob('*.safetensors'))
-        (one, _), (all_of_them, table), figures = seconds(full), seconds(swept), full(KS[-1])
-    rows = {'one full run from images': one, f'sweep of {len(table)}, embeddings cached': all_of_them, 'sweep that fills the cache': filling}
-    times = pd.DataFrame({'s': rows, 'times a full run': {k: v/one for k, v in rows.items()}})
-    last = table.iloc[-1]
-    print(f'{what}: {len(RATIOS)} ratios up to {RATIOS[-1]} x {len(KS)} values of k; cache {size/1e6:.0f} MB\n', times.round(2).to_string(), '', table.round(4).to_string(index=False, na_rep='-'),
-          f"\nthe last row by a run of its own: image AUROC {figures['image_auroc']:.4f}, pixel AUROC {figures['pixel_auroc']:.4f}", sep='\n')
-    (HERE/'results').mkdir(exist_ok=True)
-    out = dict(what=what, cache_bytes=size, seconds=rows, ratio=all_of_them/one, table=json.loads(table.to_json(orient='records')), last_by_itself={k: figures[k] for k in ('image_auroc', 'pixel_auroc')})
-    (HERE/'results'/'sweep.json').write_text(json.dumps(out, indent=1)+'\n', encoding='utf-8')
-    assert abs(last.image_auroc-figures['image_auroc']) < 1e-6 and abs(last.pixel_auroc-figures['pixel_auroc']) < 1e-6, 'the sweep and the full run disagree'
+        name, category, kw = subject(Path(temp))
+        if args.quick: category, kw = replace(category, train=category.train[:6], test=category.test[::6]), kw | dict(target_dim=128)
+        def full():
+            model = PatchCore(**kw, ratio=RATIOS[-1], k=KS[-1], device='cpu')
+            figures.append(judge(model.fit(category).predict(category.test), category.test, model.preprocess_))
+        def swept(): tables.append(sweep(PatchCore(**kw, device='cpu', cache=Path(temp)/'cache'), category, RATIOS, KS))
+        filling = seconds(swept)
+        cached = sum(p.stat().st_size for p in (Path(temp)/'cache').rglob('*.safetensors'))
+        one, many = 'one full run from images', f'sweep of {len(RATIOS)*len(KS)}, embeddings cached'
+        times = race({one: full, many: swept}, 1 if args.quick else 3, warm=False)
+    times['sweep that fills the cache'] = [filling]*len(times[one])
+    last = tables[-1].iloc[-1]
+    alone = {k: figures[-1][k] for k in ('image_auroc', 'pixel_auroc')}
+    if any(abs(last[k]-v) > 1e-6 for k, v in alone.items()): raise SystemExit(f'the sweep and a run of its own disagree: {dict(last)}, {alone}')
+    rows = rows_of(times, one, data=name, device='cpu')
+    report(args, __file__, f'{name}: {len(RATIOS)} ratios up to {RATIOS[-1]} x {len(KS)} values of k; the cache takes {cached/1e6:.0f} MB', rows, table=tables[-1].astype(object).where(tables[-1].notna(), None).to_dict('records'))
 
 
 if __name__ == '__main__': main()
