@@ -221,7 +221,7 @@ def look(
     d0 = pair_dists(queries, r0, target.rows, j0)
     far = d0.view(n, k).amax(1) if limits is None else torch.minimum(d0.view(n, k).amax(1), limits)
     need = least_value(far, codes, target) if least is None else least(best.view(n, k), live) # (n',)
-    found = open_groups(groups, v, first, need, n*(1+m//(8*GROUP)))
+    found = open_groups(groups, v, first, need, n*(4*k+m//(8*GROUP)))
     if found is None: # the bound tells little: the product is cheaper
         d, j = nearest_neighbours(queries, target.rows, k, target.centre)
         return live, d.sqrt_(), j
