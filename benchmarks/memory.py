@@ -40,7 +40,7 @@ def anonymous(
 def watch(
     args:list[str], # of the command line
     folder:Path,    # to run in
-)->dict: # base and peak in bytes, what was planned, seconds, and the course as [second, MB above the base]
+)->dict: # base and peak in bytes, the plan's line, seconds, and the course as [second, MB above the base]
     "Run the command line and look at its memory all the time."
     with open(folder/'stderr.txt', 'w+', encoding='utf-8') as err:
         start, course = time.perf_counter(), []
@@ -54,8 +54,8 @@ def watch(
         err.seek(0)
         said = err.read().replace('\r', '\n')
     if child.wait(): sys.exit(said[-2000:])
-    plan = next(o for o in said.splitlines() if o.startswith('plan')).split('peak about ')[1].split(' of ')[0]
-    return dict(base=base, peak=max(m for _, m in course)-base, planned=plan, seconds=seconds, course=[[round(t, 1), round((m-base)/1e6)] for t, m in course[::25]])
+    plan = next(o for o in said.splitlines() if o.startswith('plan'))
+    return dict(base=base, peak=max(m for _, m in course)-base, plan=plan, seconds=seconds, course=[[round(t, 1), round((m-base)/1e6)] for t, m in course[::25]])
 
 
 def arguments()->tuple[str,str,list[str]]: # what it is, the model's part, the data's part
@@ -77,6 +77,7 @@ def main():
             for _ in range(1+len(cache)//2): # the first time fills the cache
                 found = watch(['--gpu', '-1', '--log_group', re.sub(r'\W+', '_', name), *flags, *cache, 'results', *tail], Path(temp))
             results.append(sorted(Path(temp).glob(f'results/project/{re.sub(r"[^a-zA-Z0-9]+", "_", name)}*/results.csv'))[-1].read_bytes())
+            found['planned'] = found.pop('plan').split('peak about ')[1].split(' of ')[0]
             rows.append(dict(what=name, baseline=next(iter(ROWS)), **found, ratio=found['peak']/(rows[0]['peak'] if rows else found['peak']), same_results=results[-1] == results[0]))
     courses = [dict(what=r['what'], course=r.pop('course')) for r in rows]
     report(args, __file__, f'{what}, ratio 0.1: fit, predict and metrics by the command line; peak above the imports, bytes', rows, courses=courses)

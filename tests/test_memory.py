@@ -20,7 +20,10 @@ from patchcore_nb.data import make_miniature
 from patchcore_nb.demo import demo_sample
 from patchcore_nb.patchcore import PatchCore
 
-bench = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1]/'benchmarks'/'memory.py')))
+BENCH = Path(__file__).resolve().parents[1]/'benchmarks'
+with pytest.MonkeyPatch.context() as m:
+    m.syspath_prepend(BENCH) # its scripts share a module
+    bench = SimpleNamespace(**runpy.run_path(str(BENCH/'memory.py')))
 CORE = 'patch_core -b resnet18 -le layer2 -le layer3 --weights random --pretrain_embed_dimension 64 --target_embed_dimension 64 sampler -p 0.1 approx_greedy_coreset'
 posix = pytest.mark.skipif(os.name != 'posix', reason='POSIX alone has files without names')
 linux = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
