@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from fastcore.basics import patch
 from scipy import sparse
 from torch import Tensor
 
@@ -169,25 +170,28 @@ class Aggregator:
             self.kernels_.append((p, ks))
         return self
 
-    def grid(self,
-        h:int, w:int, # the first layer's map
-    )->tuple[int,int]: # rows and columns of patches
-        "The grid of patches over an image."
-        _check_settings(self)
-        for p in self.more_patchsizes: patch_grid(h, w, p, self.stride)
-        return patch_grid(h, w, self.patchsize, self.stride)
+# %% ../nbs/03_aggregator.ipynb #5720ac4c
+@patch
+def grid(self:Aggregator,
+    h:int, w:int, # the first layer's map
+)->tuple[int,int]: # rows and columns of patches
+    "The grid of patches over an image."
+    _check_settings(self)
+    for p in self.more_patchsizes: patch_grid(h, w, p, self.stride)
+    return patch_grid(h, w, self.patchsize, self.stride)
 
-    def __call__(self,
-        features:dict[str,Tensor], # layer -> (B, C, h_l, w_l)
-    )->Tensor: # (B, h, w, D)
-        "Patch embeddings on the grid of the first layer."
-        maps = list(features.values())
-        grid = self.grid(*maps[0].shape[2:])
-        out = None
-        with full_precision():
-            for p, ks in self.kernels_: out = embed(maps, ks, p, self.stride, grid, self.target_dim, out)
-        if len(self.kernels_) > 1: out /= len(self.kernels_)
-        return rearrange(out, 'b d h w -> b h w d')
+@patch
+def __call__(self:Aggregator,
+    features:dict[str,Tensor], # layer -> (B, C, h_l, w_l)
+)->Tensor: # (B, h, w, D)
+    "Patch embeddings on the grid of the first layer."
+    maps = list(features.values())
+    grid = self.grid(*maps[0].shape[2:])
+    out = None
+    with full_precision():
+        for p, ks in self.kernels_: out = embed(maps, ks, p, self.stride, grid, self.target_dim, out)
+    if len(self.kernels_) > 1: out /= len(self.kernels_)
+    return rearrange(out, 'b d h w -> b h w d')
 
 # %% ../nbs/03_aggregator.ipynb #52e536ee
 def embed(

@@ -270,7 +270,7 @@ def replacing_folder(
     "Yield an empty folder beside `path` to fill; on success it takes the place of `path`, on failure it is removed."
     path = Path(path)
     make_folder(path.parent)
-    temp, old = (path.with_name(f'.{path.name}.{o}-{os.getpid()}') for o in ('tmp', 'old'))
+    temp, old = (path.with_name(f'.{path.name}.{o}-{os.getpid()}-{uuid.uuid4().hex[:8]}') for o in ('tmp', 'old'))
     try:
         temp.mkdir()
         yield temp

@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .core import *
-from .data import Category, Preprocess, Sample, read_ahead, check_category, read_masks
+from .data import Category, Preprocess, Sample, check_category, read_ahead, read_masks
 from .evaluation import auroc, evaluate
 from .patchcore import PatchCore, Prediction, RUNTIME, as_items
 from .plots import colour_range, draw_panel
@@ -285,9 +285,10 @@ def _sweep_scores(model:PatchCore, bank:Tensor, items:Sequence, sizes:list[int],
 
 def _check_sweep(model:PatchCore, n_images:int, ratios:list[float], ks:list[int], hows:list[str]):
     "Refuse what cannot work before the work begins; changes the model's arguments."
-    if not ratios or not ks: raise ArgumentError('a sweep needs at least one ratio and one k: pass ratios=[.01, .1], ks=[1, 3]')
+    if not ratios or not ks: raise ArgumentError('a sweep needs at least one ratio and one k, and got none: pass ratios=[.01, .1], ks=[1, 3]')
     model.ratio, model.k = ratios[-1], ks[0]
-    for model.patch_score in hows: model.check()
+    for model.patch_score in hows: model._check_arguments()
+    model.check()
     for model.ratio, model.k, model.patch_score in itertools.product(ratios, ks, hows): sizes = model.check_size(n_images)
     if len(ratios) > 1 and sizes[-1] == model._n_patches(len(sizes[0])): raise ArgumentError(f'ratio {ratios[-1]:g} keeps all patches, in no order of picks, and so has no smaller ratios in it: sweep ratios below 1, with a sampler that picks')
 
@@ -303,7 +304,6 @@ def sweep(
     "Judge every combination of ratio, k and patch score, at the price of one; neighbours are searched exactly."
     ratios, ks, hows = sorted(set(ratios)), sorted(set(ks)), list(patch_scores or [model.patch_score])
     whole = model.fresh()
-    if not ratios or not ks: raise ArgumentError('a sweep needs at least one ratio and one k, and got none: pass ratios=[.01, .1], ks=[1, 3]')
     _check_sweep(whole, len(category.train), ratios, ks, hows)
     whole.ratio, whole.k, whole.patch_score = ratios[-1], ks[0], hows[0]
     bank = whole._learn(category)

@@ -22,7 +22,7 @@ from .aggregator import Aggregator
 from .cache import Cache, code_state, digest_image, digest_tensors
 from .core import *
 from .core import unknown
-from .data import Category, Preprocess, Sample, TURNS, read_ahead, batches, check_split, hold_out, list_images
+from .data import Category, Preprocess, Sample, TURNS, batches, check_split, hold_out, list_images, read_ahead
 from .evaluation import conformal_threshold, images_needed
 from .extractor import Extractor, create_backbone, map_shapes, split_seed
 from .filterbank import FilterBank # which registers itself
@@ -156,13 +156,18 @@ def _seed(self:PatchCore)->int:
 @patch
 def check(self:PatchCore)->PatchCore: # itself
     "Refuse arguments that cannot work, before any image is read."
+    self._check_arguments()
+    return self._set_up()
+
+@patch
+def _check_arguments(self:PatchCore):
+    "Refuse what needs no backbone to be found out."
     coreset_size(1, self.ratio, self.sampler)
     check_split(self.train_val_split)
     if self.k < 1: raise ArgumentError(f'k must be at least 1 neighbour, got {self.k}')
     if self.patch_score not in PATCH_SCORES: raise unknown('patchscore', self.patch_score, PATCH_SCORES)
     if self.search not in SEARCHES: raise unknown('search', self.search, SEARCHES)
     SEARCHES[self.search]() # which refuses what cannot be done here
-    return self._set_up()
 
 @patch
 def check_size(self:PatchCore,

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .core import *
@@ -174,35 +175,38 @@ class Lowering:
             for all_rows, some in zip(self.codes, encode(self._mixed(i), self.scale)): all_rows[i:i+self.block] = some
         self.room = new(torch.get_num_threads() if self.bank.device.type == 'cpu' else 1, at_once(self.bank, 2**19), dtype=torch.int32) # to work in, a row for each thread
 
-    def __call__(self,
-        picks:Tensor,   # (m,) rows that were picked
-        first:int,      # position of the first of them
-        anchors:Tensor, # (N,) anchor distances, lowered in place; -1 for picks
-        nearest:Tensor, # (N,) int32 position of each row's nearest pick, changed in place
-    ):
-        "Lower anchor distances to the nearest of some picks."
-        for some in picks.split(4096):
-            if self.codes is None: lower_by_product(self.bank, self.centre, some, first, anchors, nearest)
-            elif self._by_codes(some, first, anchors, nearest) > len(self.bank)//2: self.codes, self.room = None, None # too coarse from here on
-            first += len(some)
-        anchors[picks] = -1
+# %% ../nbs/04_samplers.ipynb #809752b3
+@patch
+def __call__(self:Lowering,
+    picks:Tensor,   # (m,) rows that were picked
+    first:int,      # position of the first of them
+    anchors:Tensor, # (N,) anchor distances, lowered in place; -1 for picks
+    nearest:Tensor, # (N,) int32 position of each row's nearest pick, changed in place
+):
+    "Lower anchor distances to the nearest of some picks."
+    for some in picks.split(4096):
+        if self.codes is None: lower_by_product(self.bank, self.centre, some, first, anchors, nearest)
+        elif self._by_codes(some, first, anchors, nearest) > len(self.bank)//2: self.codes, self.room = None, None # too coarse from here on
+        first += len(some)
+    anchors[picks] = -1
 
-    def _by_codes(self, picks:Tensor, first:int, anchors:Tensor, nearest:Tensor)->int: # rows whose short lists were too long
-        target = make_target(self.bank[picks], self.codes.take(picks), self.scale)
-        rooms, block = list(self.room), self.room.shape[1]//target.columns.shape[1]
-        part, block, few = (min(at_once(self.bank, 2**i), most) for i, most in ((13, len(self.bank)), (12, block), (10, block))) # rows at a time
-        def work(share): # every share its own rows
-            room, given_up = rooms.pop(), 0
-            for rows in torch.arange(share.start, share.stop, device=picks.device).split(part):
-                at = slice(int(rows[0]), int(rows[-1])+1)
-                live, need = _who_gains(self.codes.take(at), target, anchors[at].clamp(min=0), room, block)
-                for some, least in zip(rows[live].split(few), need.split(few)):
-                    found = _short_lists(self.codes.codes.index_select(0, some), target, least, room)
-                    if found: _keep(self.bank, some, picks, first, *found, anchors, nearest)
-                    else: lower_by_product(self.bank, self.centre, picks, first, anchors, nearest, some); given_up += len(some)
-            rooms.append(room)
-            return given_up
-        return sum(in_threads(work, len(self.bank), self.bank.device))
+@patch
+def _by_codes(self:Lowering, picks:Tensor, first:int, anchors:Tensor, nearest:Tensor)->int: # rows whose short lists were too long
+    target = make_target(self.bank[picks], self.codes.take(picks), self.scale)
+    rooms, block = list(self.room), self.room.shape[1]//target.columns.shape[1]
+    part, block, few = (min(at_once(self.bank, 2**i), most) for i, most in ((13, len(self.bank)), (12, block), (10, block))) # rows at a time
+    def work(share): # every share its own rows
+        room, given_up = rooms.pop(), 0
+        for rows in torch.arange(share.start, share.stop, device=picks.device).split(part):
+            at = slice(int(rows[0]), int(rows[-1])+1)
+            live, need = _who_gains(self.codes.take(at), target, anchors[at].clamp(min=0), room, block)
+            for some, least in zip(rows[live].split(few), need.split(few)):
+                found = _short_lists(self.codes.codes.index_select(0, some), target, least, room)
+                if found: _keep(self.bank, some, picks, first, *found, anchors, nearest)
+                else: lower_by_product(self.bank, self.centre, picks, first, anchors, nearest, some); given_up += len(some)
+        rooms.append(room)
+        return given_up
+    return sum(in_threads(work, len(self.bank), self.bank.device))
 
 # %% ../nbs/04_samplers.ipynb #cd9ea658
 def farthest_points(
@@ -315,6 +319,7 @@ def cover_radii(
         radii.append(radius)
     return radii
 
+# %% ../nbs/04_samplers.ipynb #ab39572c
 def _guess_dists(bank:Tensor, idxs:Tensor, guesses:list[Tensor], block:int=2048)->Tensor: # (S, N)
     "Distance of each row to its guesses, in one walk through the bank; infinite where there is none."
     out = bank.new_empty(len(guesses), len(bank))

@@ -133,6 +133,7 @@ class Scorer:
         if self.how == 'reweighted' and len(memory_bank) < 2: raise ArgumentError('reweighted needs at least 2 patches in the memory bank: keep more (-p)')
         if self.search not in SEARCHES: raise unknown('search', self.search, SEARCHES)
         check_k(self.k, len(memory_bank))
+        if not memory_bank.isfinite().all(): raise DataError('the memory bank holds NaN or infinity: check the weights and the images')
         self.bank_ = memory_bank
         with limit_threads(self.num_threads): self.search_ = SEARCHES[self.search]().fit(memory_bank)
         return self

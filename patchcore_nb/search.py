@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 
 from .core import *
@@ -69,23 +70,18 @@ def smallest(
 # %% ../nbs/00b_search.ipynb #6a80994d
 SLACK = 2e-6 # what rounding can do to |m|^2-2qm, as a part of |q|^2+|m|^2
 
-def _by_product(q:Tensor, bank:Tensor, centre:Tensor|None, k:int, tile:int)->tuple[Tensor,Tensor]: # (n, k) distances, ascending; (n, k) rows
-    "Neighbours by |m|^2-2qm, tile by tile; all rows that rounding leaves in question are measured."
-    n, x = len(q), q if centre is None else q-centre
-    own, every = x.square().sum(1), torch.arange(n, device=q.device).repeat_interleave(k)
-    d, j = q.new_full((n, k), torch.inf), torch.zeros(n, k, dtype=torch.int64, device=q.device)
-    for i in range(0, len(bank), tile):
-        m = bank[i:i+tile] if centre is None else bank[i:i+tile]-centre
-        sq = m.square().sum(1)
-        v = torch.addmm((1-SLACK)*sq, x, m.T, alpha=-2) # (n, tile)
-        least, at = v.topk(k, dim=1, largest=False) if 1 < k <= len(m) else v.min(1, keepdim=True)
-        need = d[:, -1].square()*(1+SLACK)-own # to be nearer than what was found before
-        if k <= len(m): need = torch.minimum(need, (least+2*SLACK*sq[at]).amax(1)) # the k best here are at least so near
-        hits = (v <= (need+2*SLACK*own)[:, None]).flatten().nonzero()[:, 0]
-        r = hits//len(m)
-        rows = hits-r*len(m)+i
-        d, j = smallest(torch.cat([every, r]), torch.cat([d.flatten(), pair_dists(q, r, bank, rows)]), torch.cat([j.flatten(), rows]), n, k)
-    return d, j
+def _near_in_tile(q:Tensor, x:Tensor, bank:Tensor, m:Tensor, sq:Tensor, first:int, d:Tensor, j:Tensor)->tuple[Tensor,Tensor]: # (n, k) distances, ascending; (n, k) rows
+    "Better neighbours than d (n, k) and j (n, k), if the tile m (t, D) of the bank has any; x (n, D) and m are about the same centre."
+    (n, k), t, own = d.shape, len(m), x.square().sum(1)
+    v = torch.addmm((1-SLACK)*sq, x, m.T, alpha=-2) # (n, t), |m|^2-2qm or a little less
+    least, at = v.topk(k, dim=1, largest=False) if 1 < k <= t else v.min(1, keepdim=True)
+    need = d[:, -1].square()*(1+SLACK)-own # to be nearer than what was found before
+    if k <= t: need = torch.minimum(need, (least+2*SLACK*sq[at]).amax(1)) # the k best here are at least so near
+    hits = (v <= (need+2*SLACK*own)[:, None]).flatten().nonzero()[:, 0] # all that rounding leaves in question
+    r = hits//t
+    rows = hits-r*t+first
+    every = torch.arange(n, device=q.device).repeat_interleave(k)
+    return smallest(torch.cat([every, r]), torch.cat([d.flatten(), pair_dists(q, r, bank, rows)]), torch.cat([j.flatten(), rows]), n, k)
 
 # %% ../nbs/00b_search.ipynb #3abbe81f
 def check_k(
@@ -105,9 +101,14 @@ def nearest_neighbours(
 )->tuple[Tensor,Tensor]: # (Q, k) squared L2 distances, ascending; (Q, k) int64 rows of the bank
     "Exact nearest neighbours by matrix product."
     check_k(k, len(bank))
-    dists, idxs = queries.new_empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
-    for i in range(0, len(queries), block):
-        dists[i:i+block], idxs[i:i+block] = _by_product(queries[i:i+block], bank, centre, k, tile)
+    dists, idxs = queries.new_full((len(queries), k), torch.inf), torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)
+    def about(x): return x if centre is None else x-centre
+    for first in range(0, len(bank), tile):
+        m = about(bank[first:first+tile])
+        sq = m.square().sum(1)
+        for i in range(0, len(queries), block):
+            q, at = queries[i:i+block], slice(i, i+block)
+            dists[at], idxs[at] = _near_in_tile(q, about(q), bank, m, sq, first, dists[at], idxs[at])
     return dists.square_(), idxs
 
 # %% ../nbs/00b_search.ipynb #4f08c813
@@ -389,46 +390,55 @@ class Exact:
         self.targets_ = [self._target(x) for x in bank.split(math.ceil(len(bank)/tiles))] # of equal length, so that none is too short for k
         return self
 
-    def _choose(self, rows:Tensor, m:int)->tuple[int,float]: return choose_dims(rows, m)
+# %% ../nbs/00b_search.ipynb #78e564f2
+@patch
+def _choose(self:Exact, rows:Tensor, m:int)->tuple[int,float]: return choose_dims(rows, m)
 
-    def _encode(self, rows:Tensor)->tuple[Codes,Tensor]: # codes; (n,) squared length left out
-        y, rest = sketch(rows, self.sketch_)
-        spread = (rest/REST).sqrt()[:, None].expand(-1, REST) # (n, REST)
-        return encode(torch.cat([y, spread], 1), self.scale_), rest
+@patch
+def _encode(self:Exact, rows:Tensor)->tuple[Codes,Tensor]: # codes; (n,) squared length left out
+    y, rest = sketch(rows, self.sketch_)
+    spread = (rest/REST).sqrt()[:, None].expand(-1, REST) # (n, REST)
+    return encode(torch.cat([y, spread], 1), self.scale_), rest
 
-    def _target(self, rows:Tensor)->Target:
-        parts = [self._encode(x)[0] for x in rows.split(4096)]
-        return make_target(rows, Codes(*(torch.cat(o) for o in zip(*parts))), self.scale_)
+@patch
+def _target(self:Exact, rows:Tensor)->Target:
+    parts = [self._encode(x)[0] for x in rows.split(4096)]
+    return make_target(rows, Codes(*(torch.cat(o) for o in zip(*parts))), self.scale_)
 
-    def _least(self, codes:Codes, rest:Tensor)->Callable|None: return None # what exactness asks for
+@patch
+def _least(self:Exact, codes:Codes, rest:Tensor)->Callable|None: return None # what exactness asks for
 
-    def _look(self, q:Tensor, codes:Codes, rest:Tensor, k:int, out:Tensor)->tuple[Tensor,Tensor]: # (n, k), (n, k)
-        dists = idxs = None
-        for i, t in enumerate(self.targets_):
-            limits = None if dists is None else dists[:, -1].contiguous()
-            live, d, j = look(q, codes, t, k, limits, self._least(codes, rest), out)
-            if dists is None: dists, idxs = d, j
-            else: dists[live], idxs[live] = merge_neighbours(dists[live], idxs[live], d, j+i*len(self.targets_[0].rows))
-        return dists, idxs
+# %% ../nbs/00b_search.ipynb #d7324d42
+@patch
+def _look(self:Exact, q:Tensor, codes:Codes, rest:Tensor, k:int, out:Tensor)->tuple[Tensor,Tensor]: # (n, k), (n, k)
+    dists = idxs = None
+    for i, t in enumerate(self.targets_):
+        limits = None if dists is None else dists[:, -1].contiguous()
+        live, d, j = look(q, codes, t, k, limits, self._least(codes, rest), out)
+        if dists is None: dists, idxs = d, j
+        else: dists[live], idxs[live] = merge_neighbours(dists[live], idxs[live], d, j+i*len(self.targets_[0].rows))
+    return dists, idxs
 
-    def __call__(self,
-        queries:Tensor, # (Q, D)
-        k:int=1,        # neighbours, 1 <= k <= M
-    )->tuple[Tensor,Tensor]: # (Q, k) squared distances, ascending; (Q, k) int64 rows of the bank
-        "Search."
-        check_k(k, len(self.bank_))
-        queries = queries.float()
-        if not self.targets_ or k > self.targets_[-1].columns.shape[1]//GROUP or not len(queries): return nearest_neighbours(queries, self.bank_, k, self.centre_)
-        found = in_threads(lambda share: self._search(queries[share], k), len(queries), queries.device)
-        return torch.cat([d for d, _ in found]).square_(), torch.cat([i for _, i in found])
+@patch
+def __call__(self:Exact,
+    queries:Tensor, # (Q, D)
+    k:int=1,        # neighbours, 1 <= k <= M
+)->tuple[Tensor,Tensor]: # (Q, k) squared distances, ascending; (Q, k) int64 rows of the bank
+    "Search."
+    check_k(k, len(self.bank_))
+    queries = queries.float()
+    if not self.targets_ or k > self.targets_[-1].columns.shape[1]//GROUP or not len(queries): return nearest_neighbours(queries, self.bank_, k, self.centre_)
+    found = in_threads(lambda share: self._search(queries[share], k), len(queries), queries.device)
+    return torch.cat([d for d, _ in found]).square_(), torch.cat([i for _, i in found])
 
-    def _search(self, queries:Tensor, k:int)->tuple[Tensor,Tensor]: # (n, k) distances; (n, k) rows
-        width = max(t.columns.shape[1] for t in self.targets_)
-        n = max(32, at_once(queries, 2**22)//width) # queries at a time
-        out = torch.empty(min(n, len(queries))*width, dtype=torch.int32, device=queries.device)
-        found = [self._look(q[i:i+n], codes.take(slice(i, i+n)), rest[i:i+n], k, out)
-                 for q in queries.split(2048) for codes, rest in [self._encode(q)] for i in range(0, len(q), n)]
-        return torch.cat([d for d, _ in found]), torch.cat([i for _, i in found])
+@patch
+def _search(self:Exact, queries:Tensor, k:int)->tuple[Tensor,Tensor]: # (n, k) distances; (n, k) rows
+    width = max(t.columns.shape[1] for t in self.targets_)
+    n = max(32, at_once(queries, 2**22)//width) # queries at a time
+    out = torch.empty(min(n, len(queries))*width, dtype=torch.int32, device=queries.device)
+    found = [self._look(q[i:i+n], codes.take(slice(i, i+n)), rest[i:i+n], k, out)
+             for q in queries.split(2048) for codes, rest in [self._encode(q)] for i in range(0, len(q), n)]
+    return torch.cat([d for d, _ in found]), torch.cat([i for _, i in found])
 
 # %% ../nbs/00b_search.ipynb #462bbd4d
 def others(
@@ -496,26 +506,31 @@ class Fast(Exact):
         self.rest_ = float(torch.cat(rest).mean())
         return make_target(rows, Codes(*(torch.cat(o) for o in zip(*codes))), self.scale_, torch.cat(rest))
 
-    def _guess(self, v:Tensor, codes:Codes, rest:Tensor)->Tensor: # (n,) squared distances
-        return ((codes.sq.double()-2*v.double())*self.scale_**2+rest).clamp(min=0)
+# %% ../nbs/00b_search.ipynb #f3419cf6
+@patch
+def _guess(self:Fast, v:Tensor, codes:Codes, rest:Tensor)->Tensor: # (n,) squared distances
+    return ((codes.sq.double()-2*v.double())*self.scale_**2+rest).clamp(min=0)
 
-    def _unit(self, v:Tensor, codes:Codes, rest:Tensor)->Tensor: # (n,) by what the error of a guess grows
-        return (rest*self.rest_).sqrt()+codes.err*self._guess(v, codes, rest).sqrt()
+@patch
+def _unit(self:Fast, v:Tensor, codes:Codes, rest:Tensor)->Tensor: # (n,) by what the error of a guess grows
+    return (rest*self.rest_).sqrt()+codes.err*self._guess(v, codes, rest).sqrt()
 
-    def _gaps(self, sample:Tensor, idxs:Tensor)->Tensor: # (n,) by how many units the guess of the true neighbour exceeds the best guess
-        codes, rest = self._encode(self.bank_[sample])
-        near = torch.where(idxs[:, 0] == sample, idxs[:, 1], idxs[:, 0])[:, None]
-        v = torch.cat([(whole_product(codes.codes, t.columns)-t.half)[:, :len(t.rows)] for t in self.targets_], 1)
-        v[torch.arange(len(sample)), sample] = -2**28
-        best, true = v.amax(1), v.gather(1, near)[:, 0]
-        return 2*(best-true).double()*self.scale_**2/self._unit(best, codes, rest).clamp(min=1e-30)
+@patch
+def _gaps(self:Fast, sample:Tensor, idxs:Tensor)->Tensor: # (n,) by how many units the guess of the true neighbour exceeds the best guess
+    codes, rest = self._encode(self.bank_[sample])
+    near = torch.where(idxs[:, 0] == sample, idxs[:, 1], idxs[:, 0])[:, None]
+    v = torch.cat([(whole_product(codes.codes, t.columns)-t.half)[:, :len(t.rows)] for t in self.targets_], 1)
+    v[torch.arange(len(sample)), sample] = -2**28
+    best, true = v.amax(1), v.gather(1, near)[:, 0]
+    return 2*(best-true).double()*self.scale_**2/self._unit(best, codes, rest).clamp(min=1e-30)
 
-    def _least(self, codes:Codes, rest:Tensor)->Callable:
-        def least(best, live): # (n, k) v of what is measured at once
-            far = best.amin(1)
-            room = self.margin_*self._unit(far, codes.take(live), rest[live])/(2*self.scale_**2)
-            return (far.double()-room-1).clamp_(-2**28, 2**28).to(torch.int32)
-        return least
+@patch
+def _least(self:Fast, codes:Codes, rest:Tensor)->Callable:
+    def least(best, live): # (n, k) v of what is measured at once
+        far = best.amin(1)
+        room = self.margin_*self._unit(far, codes.take(live), rest[live])/(2*self.scale_**2)
+        return (far.double()-room-1).clamp_(-2**28, 2**28).to(torch.int32)
+    return least
 
 # %% ../nbs/00b_search.ipynb #08a64957
 class _Tiled:
@@ -594,16 +609,18 @@ class IVFPQ:
         self.recall_ = measure_recall(self, bank)
         return self
 
-    def __call__(self,
-        queries:Tensor, # (Q, D)
-        k:int=1,        # neighbours, 1 <= k <= M
-    )->tuple[Tensor,Tensor]: # (Q, k) approximate squared distances, ascending; (Q, k) int64 rows
-        "Search."
-        import faiss
-        check_k(k, self.m_)
-        faiss.omp_set_num_threads(torch.get_num_threads())
-        q = queries.float().cpu().contiguous().numpy()
-        d, i = self.index_.search(q, k)
-        short = (i < 0).any(1) # their list does not hold k rows: look into all lists
-        if short.any(): d[short], i[short] = self.index_.search(q[short], k, params=faiss.SearchParametersIVF(nprobe=self.index_.nlist))
-        return torch.from_numpy(d).clamp_(min=0).to(self.device_), torch.from_numpy(i).to(self.device_)
+# %% ../nbs/00b_search.ipynb #5c6f6c00
+@patch
+def __call__(self:IVFPQ,
+    queries:Tensor, # (Q, D)
+    k:int=1,        # neighbours, 1 <= k <= M
+)->tuple[Tensor,Tensor]: # (Q, k) approximate squared distances, ascending; (Q, k) int64 rows
+    "Search."
+    import faiss
+    check_k(k, self.m_)
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    q = queries.float().cpu().contiguous().numpy()
+    d, i = self.index_.search(q, k)
+    short = (i < 0).any(1) # their list does not hold k rows: look into all lists
+    if short.any(): d[short], i[short] = self.index_.search(q[short], k, params=faiss.SearchParametersIVF(nprobe=self.index_.nlist))
+    return torch.from_numpy(d).clamp_(min=0).to(self.device_), torch.from_numpy(i).to(self.device_)
