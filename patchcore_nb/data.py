@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'TURNS', 'Sample', 'Category', 'register_dataset', 'load_category', 'list_images', 'subfolders', 'mvtec',
-           'make_miniature', 'Preprocess', 'image_size', 'read_mask', 'read_masks', 'check_category', 'read_ahead',
-           'batches', 'check_split', 'hold_out']
+           'make_miniature', 'parse_pixels', 'Preprocess', 'to_original', 'image_size', 'read_mask', 'read_masks',
+           'check_category', 'read_ahead', 'batches', 'check_split', 'hold_out']
 
 # %% ../nbs/01_data.ipynb #97adc4da
 import warnings
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from scipy.ndimage import map_coordinates
 from torch import Tensor
 
 from .core import *
@@ -143,36 +144,88 @@ def make_miniature(
     return Path(root)
 
 # %% ../nbs/01_data.ipynb #a4180d9c
+def parse_pixels(
+    size:int|str|Sequence[int], # pixels; or (height, width); or text such as "224" or "224x448"
+    what:str='imagesize',       # the argument that it was given for
+)->int|tuple[int,int]: # pixels; or (height, width)
+    "A size in pixels from whatever gives one."
+    try: parts = [int(o) for o in (size.lower().split('x') if isinstance(size, str) else size if isinstance(size, (list, tuple)) else [size])]
+    except (TypeError, ValueError): parts = []
+    if len(parts) not in (1, 2) or isinstance(size, float): raise ArgumentError(f'{what} must be pixels or HEIGHTxWIDTH, got {size!r}: pass 224 or 224x448')
+    if min(parts) < 1: raise ArgumentError(f'{what} must be at least 1 pixel, got {size}: pass 224')
+    return tuple(parts) if len(parts) == 2 else parts[0]
+
+def _both(size:int|tuple[int,int])->tuple[int,int]: # (height, width)
+    return size if isinstance(size, tuple) else (size, size)
+
+# %% ../nbs/01_data.ipynb #2886627c
 @dataclass(frozen=True)
 class Preprocess:
-    "Scale the shorter side to `resize`, cut the middle `imagesize` square."
-    resize:int=256    # pixels of the shorter side
-    imagesize:int=224 # pixels of the square that the network sees
+    "Scale an image, cut its middle, and know where the middle was."
+    resize:int|tuple[int,int]=256         # pixels of the shorter side; or (height, width) of the whole
+    imagesize:int|tuple[int,int]|None=224 # pixels of the square, or (height, width), cut from the middle; None: nothing is cut
 
     def __post_init__(self):
-        if self.imagesize < 1: raise ArgumentError(f'imagesize must be at least 1 pixel, got {self.imagesize}: pass 224')
-        if self.imagesize > self.resize:
-            raise ArgumentError(f'imagesize {self.imagesize} is larger than resize {self.resize}: the crop is cut from the resized image, so pass --resize {self.imagesize} or more')
+        for name in ('resize', 'imagesize'):
+            if getattr(self, name) is not None: object.__setattr__(self, name, parse_pixels(getattr(self, name), name))
+        if self.imagesize is None: return
+        want, have = _both(self.imagesize), _both(self.resize)
+        small = min(want) > min(have) if isinstance(self.resize, int) else want[0] > have[0] or want[1] > have[1]
+        if small: raise ArgumentError(f'imagesize {self.imagesize} is larger than resize {self.resize}: the crop is cut from the resized image, so pass --resize {min(want) if isinstance(self.resize, int) else "{}x{}".format(*want)} or more')
+
+    @property
+    def size(self)->tuple[int,int]|None: # (height, width); None: the first image will tell
+        "The size of what the network sees."
+        if self.imagesize is not None: return _both(self.imagesize)
+        return self.resize if isinstance(self.resize, tuple) else None
+
+    def settle(self,
+        size:tuple[int,int], # (width, height) of an image
+    )->'Preprocess': # whose `size` is known
+        "Let an image tell the size, where nothing is cut."
+        return self if self.size else Preprocess(self.scaled_size(size)[::-1], None)
 
     def scaled_size(self, size:tuple[int,int])->tuple[int,int]:
         "(width, height) after scaling an image of `size` (width, height)."
+        if isinstance(self.resize, tuple): return self.resize[::-1]
         w, h = size
         return (self.resize, int(self.resize*h/w)) if w <= h else (int(self.resize*w/h), self.resize)
 
     def crop_box(self, size:tuple[int,int])->tuple[int,int,int,int]:
         "Left, top, right, bottom of the crop in the scaled image of an original of `size`."
         w, h = self.scaled_size(size)
-        left, top = round((w-self.imagesize)/2), round((h-self.imagesize)/2)
-        return left, top, left+self.imagesize, top+self.imagesize
+        y, x = (h, w) if self.imagesize is None else self.size
+        left, top = round((w-x)/2), round((h-y)/2)
+        return left, top, left+x, top+y
 
     def crop(self, im:Image.Image)->Image.Image:
-        "The square that the network sees, as an image of the same mode."
+        "What the network sees, as an image of the same mode."
         size, scaled = im.size, self.scaled_size(im.size)
         if scaled[0]*scaled[1] > 2*10**8: raise DataError(f'an image of {size[0]} x {size[1]} is too long to scale its shorter side to {self.resize}: cut it into pieces')
-        return im.resize(scaled, Image.Resampling.BILINEAR).crop(self.crop_box(size))
+        box = self.crop_box(size)
+        if scaled[0] < box[2]-box[0] or scaled[1] < box[3]-box[1]: raise DataError(f'an image of {size[0]} x {size[1]} (width x height) is {scaled[0]} x {scaled[1]} when scaled, smaller than the {box[2]-box[0]} x {box[3]-box[1]} to be cut from it: pass a larger --resize, another --imagesize (height x width), or --no_crop')
+        return im.resize(scaled, Image.Resampling.BILINEAR).crop(box)
 
-    def __call__(self, im:Image.Image)->Tensor: # (3, imagesize, imagesize) float32, normalised
+    def __call__(self, im:Image.Image)->Tensor: # (3, H, W) float32, normalised
         return to_tensor(self.crop(im))
+
+# %% ../nbs/01_data.ipynb #7c7cdc22
+def _places(n:int, scaled:int, first:int, cut:int)->np.ndarray: # (n,) float64
+    "Where the pixels of an original axis lie on the crop's; NaN outside."
+    x = (np.arange(n)+.5)*scaled/n-first # from the crop's edge
+    return np.where((x >= 0) & (x <= cut), x-.5, np.nan)
+
+def to_original(
+    anomaly_map:Tensor|np.ndarray, # (H, W) of what the network saw
+    size:tuple[int,int],   # (width, height) of the original
+    preprocess:Preprocess, # with which it was cut from the original
+)->np.ndarray: # (height, width) float32; NaN where nothing was seen
+    "Bring a map back onto the image that it was made of."
+    (w, h), (left, top, right, bottom) = preprocess.scaled_size(size), preprocess.crop_box(size)
+    ys, xs = _places(size[1], h, top, bottom-top), _places(size[0], w, left, right-left)
+    grid = np.meshgrid(np.nan_to_num(ys), np.nan_to_num(xs), indexing='ij')
+    out = map_coordinates(np.asarray(anomaly_map, np.float32), grid, order=1, mode='nearest')
+    return np.where(np.isnan(ys)[:, None] | np.isnan(xs), np.float32(np.nan), out)
 
 # %% ../nbs/01_data.ipynb #bfaca5da
 def image_size(
@@ -204,7 +257,7 @@ def read_mask(
     path:str|Path,         # mask image: zero is good, the highest value is defect
     image:str|Path,        # the image that it belongs to
     preprocess:Preprocess, # as for the image
-)->Tensor: # (imagesize, imagesize) bool
+)->Tensor: # (H, W) bool
     "The defect's shape as the network sees the image."
     grey = read_image(path, _mask_values)
     _same_size(path, grey.shape[::-1], image, image_size(image))
@@ -215,14 +268,13 @@ def read_mask(
 def read_masks(
     samples:Sequence[Sample], # test samples
     preprocess:Preprocess,    # as for the images
-)->Tensor|None: # (B, imagesize, imagesize) bool; None where a defective image has no mask
+)->Tensor|None: # (B, H, W) bool; None where a defective image has no mask
     "Masks of all samples, or None if they are not complete."
     missing = [o for o in samples if o.label and o.mask is None]
     if missing or not samples:
         if len(missing) < sum(o.label for o in samples): warnings.warn(f'{len(missing)} defective images have no mask, {missing[0].path} the first: pixel figures are left out')
         return None
-    side = preprocess.imagesize
-    masks = torch.zeros(len(samples), side, side, dtype=torch.bool)
+    masks = torch.zeros(len(samples), *preprocess.settle(image_size(samples[0].path)).size, dtype=torch.bool)
     for m, o in zip(masks, samples):
         if o.mask: m.copy_(read_mask(o.mask, o.path, preprocess))
     return masks
