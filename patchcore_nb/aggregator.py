@@ -26,22 +26,23 @@ from .core import unknown
 def unfold_and_pool(
     features:dict[str,Tensor], # layer -> (B, C, h_l, w_l)
     patchsize:int=3,           # p, in cells
-    pretrain_dim:int=1024,     # P, values a layer
-    target_dim:int=1024,       # D, values of the embedding
+    pretrain_dim:int|None=1024, # P, values a layer; None: as many as it has channels
+    target_dim:int|None=1024,  # D, values of the embedding; None: all that the layers give
     stride:int=1,              # cells from one patch to the next
 )->Tensor: # (B, h, w, D) on the grid of the first layer
     "The reference's recipe, literally: the slow twin of `Aggregator`."
     pooled, grid = [], None
     for x in features.values():
-        b, pad = len(x), (patchsize-1)//2
+        b, pad, P = len(x), (patchsize-1)//2, pretrain_dim or x.shape[1]
         h, w = ((s+2*pad-patchsize)//stride+1 for s in x.shape[2:])
         x = F.unfold(x, patchsize, padding=pad, stride=stride) # (B, C*p*p, h*w)
         x = rearrange(x, 'b c (h w) -> b c h w', h=h)
         if grid is None: grid = (h, w)
         else: x = F.interpolate(x, grid, mode='bilinear', align_corners=False)
         x = rearrange(x, 'b c h w -> (b h w) c')
-        pooled.append(F.adaptive_avg_pool1d(x, pretrain_dim)) # (B*h*w, P)
-    x = F.adaptive_avg_pool1d(torch.cat(pooled, 1), target_dim) # (B*h*w, D)
+        pooled.append(F.adaptive_avg_pool1d(x, P)) # (B*h*w, P)
+    x = torch.cat(pooled, 1)
+    x = F.adaptive_avg_pool1d(x, target_dim or x.shape[1]) # (B*h*w, D)
     return rearrange(x, '(b h w) d -> b h w d', b=b, h=grid[0])
 
 # %% ../nbs/03_aggregator.ipynb #5037fdbc
@@ -72,20 +73,21 @@ def orthonormal(
 def operator(
     channels:Sequence[int],     # C of each layer, in order
     patchsize:int=3,            # p
-    pretrain_dim:int=1024,      # P
-    target_dim:int=1024,        # D
+    pretrain_dim:int|None=1024, # P; None: C of each layer
+    target_dim:int|None=1024,   # D; None: the sum of all P
     preprocessing:str='mean',   # "mean" pools a layer's neighbourhood, "conv" projects it at random
     aggregation:str='mean',     # "mean" pools the joined layers, "mlp" projects them at random
     seed:int=0,                 # of the random projections
 )->list[np.ndarray]: # for each layer W_l, (D, C_l*p*p)
     "The embedding as one matrix a layer."
-    n, P = len(channels), pretrain_dim
-    second = pool_matrix(n*P, target_dim) if aggregation == 'mean' else orthonormal(n*P, target_dim, seed)
+    sizes = [pretrain_dim or c for c in channels]
+    n, ends = sum(sizes), np.cumsum(sizes)
+    second = pool_matrix(n, target_dim or n) if aggregation == 'mean' else orthonormal(n, target_dim or n, seed)
     out = []
-    for i, c in enumerate(channels):
+    for i, (c, P, end) in enumerate(zip(channels, sizes, ends)):
         m = c*patchsize**2
         first = pool_matrix(m, P) if preprocessing == 'mean' else orthonormal(m, P, seed+1+i)
-        w = second[:, i*P:(i+1)*P] @ first
+        w = second[:, end-P:end] @ first
         out.append(w.toarray() if sparse.issparse(w) else w)
     return out
 
@@ -135,7 +137,7 @@ def patch_grid(
 def _check_settings(a:'Aggregator'):
     "Refuse settings that no embedding can have."
     for name in ('patchsize', 'pretrain_dim', 'target_dim', 'stride'):
-        if getattr(a, name) < 1: raise ArgumentError(f'{name} must be at least 1, got {getattr(a, name)}: pass a whole number from 1')
+        if (v := getattr(a, name)) is not None and v < 1 or v is None and name in ('patchsize', 'stride'): raise ArgumentError(f'{name} must be at least 1, got {getattr(a, name)}: pass a whole number from 1')
     if min(a.more_patchsizes, default=1) < 1: raise ArgumentError(f'patchsize_aggregate must be at least 1, got {min(a.more_patchsizes)}: pass a whole number from 1')
     if a.preprocessing not in ('mean', 'conv'): raise unknown('preprocessing', a.preprocessing, ['mean', 'conv'])
     if a.aggregation not in ('mean', 'mlp'): raise unknown('aggregation', a.aggregation, ['mean', 'mlp'])
@@ -145,8 +147,8 @@ class Aggregator:
     "Feature maps to patch embeddings, by one grouped convolution a layer and an upsampling."
     def __init__(self,
         patchsize:int=3,                # p: neighbourhood, in cells of the feature map
-        pretrain_dim:int=1024,          # P: values that each layer's neighbourhood is pooled to
-        target_dim:int=1024,            # D: values of the embedding
+        pretrain_dim:int|None=1024,     # P: values that each layer's neighbourhood is pooled to; None: as many as it has channels
+        target_dim:int|None=1024,       # D: values of the embedding; None: all that the layers give
         stride:int=1,                   # cells from one patch to the next
         more_patchsizes:Sequence[int]=(), # further p; the embedding is the mean over all
         preprocessing:str='mean',       # "mean" or "conv"
@@ -162,6 +164,7 @@ class Aggregator:
     ):
         "Build the kernels."
         _check_settings(self)
+        self.dim_ = self.target_dim or sum(self.pretrain_dim or c for c in channels)
         self.kernels_ = []
         for p in (self.patchsize, *self.more_patchsizes):
             ws = operator(channels, p, self.pretrain_dim, self.target_dim, self.preprocessing, self.aggregation, self.seed)
@@ -189,7 +192,7 @@ def __call__(self:Aggregator,
     grid = self.grid(*maps[0].shape[2:])
     out = None
     with full_precision():
-        for p, ks in self.kernels_: out = embed(maps, ks, p, self.stride, grid, self.target_dim, out)
+        for p, ks in self.kernels_: out = embed(maps, ks, p, self.stride, grid, self.dim_, out)
     if len(self.kernels_) > 1: out /= len(self.kernels_)
     return rearrange(out, 'b d h w -> b h w d')
 

@@ -173,6 +173,10 @@ class Preprocess:
         small = min(want) > min(have) if isinstance(self.resize, int) else want[0] > have[0] or want[1] > have[1]
         if small: raise ArgumentError(f'imagesize {self.imagesize} is larger than resize {self.resize}: the crop is cut from the resized image, so pass --resize {min(want) if isinstance(self.resize, int) else "{}x{}".format(*want)} or more')
 
+    def __str__(self):
+        scaled = 'scaled to {} x {}'.format(*self.resize) if isinstance(self.resize, tuple) else f'shorter side to {self.resize}'
+        return scaled+(', nothing cut' if self.imagesize is None else ', the middle {} x {}'.format(*self.size))+' pixels'
+
     @property
     def size(self)->tuple[int,int]|None: # (height, width); None: the first image will tell
         "The size of what the network sees."

@@ -23,7 +23,7 @@ from .data import Category, Preprocess, Sample, check_category, read_ahead, read
 from .evaluation import auroc, evaluate
 from .patchcore import PatchCore, Prediction, RUNTIME, as_items
 from .plots import colour_range, draw_panel
-from .scorer import image_scores, limit_threads, make_maps, reweight
+from .scorer import DISTANCES, image_scores, limit_threads, reweight
 from .search import GROUP, Exact, check_k, look, merge_neighbours, naive_neighbours, nearest_neighbours
 from .store import formats_for, save
 
@@ -35,11 +35,11 @@ def judge(
     samples:Sequence[Sample], # the test images, in the same order
     preprocess:Preprocess,   # as the model's
 )->dict[str,float]: # name -> figure; NaN where there is none
-    "All figures of one category."
+    "All figures of one category; an ensemble's by the reference's mean over the test set, but for those of the threshold."
     labels = np.array([o.label for o in samples])
     if labels.all() or not labels.any(): warnings.warn(f'{samples[0].path.parent.parent}: the test images are all {"defective" if labels.all() else "good"}, so there is no AUROC')
-    masks = read_masks(samples, preprocess)
-    figures = evaluate(prediction.image_scores, labels, prediction.anomaly_maps, masks) if masks is not None else evaluate(prediction.image_scores, labels)
+    masks, seen = read_masks(samples, preprocess), prediction.over_set()
+    figures = evaluate(seen.image_scores, labels, seen.anomaly_maps, masks) if masks is not None else evaluate(seen.image_scores, labels)
     if prediction.threshold is not None:
         called = prediction.verdicts.numpy()
         rates = [called[~labels].mean() if not labels.all() else np.nan, (~called[labels]).mean() if labels.any() else np.nan]
@@ -259,9 +259,9 @@ class Nested(Exact):
         return [(d.square(), i) for d, i in zip(dists, idxs)]
 
 # %% ../nbs/10_experiment.ipynb #ba059ef0
-def _scores(q:Tensor, dists:Tensor, idxs:Tensor, how:str, bank:Tensor, search, shape:tuple[int,int,int])->tuple[Tensor,Tensor]: # (B,) image scores; (B, h, w) patch scores
+def _scores(q:Tensor, dists:Tensor, idxs:Tensor, how:str, distance:str, bank:Tensor, search, shape:tuple[int,int,int])->tuple[Tensor,Tensor]: # (B,) image scores; (B, h, w) patch scores
     "What a model with this memory bank would say of a batch."
-    grid = dists.mean(1).view(shape) # (B, h, w)
+    grid = DISTANCES[distance](dists).mean(1).view(shape) # (B, h, w)
     scores = image_scores(grid, how)
     if how == 'reweighted':
         worst = grid.flatten(1).argmax(1)+torch.arange(len(grid), device=q.device)*grid[0].numel() # (B,) rows of q
@@ -279,17 +279,17 @@ def _sweep_scores(model:PatchCore, bank:Tensor, items:Sequence, sizes:list[int],
         with limit_threads(model.search_threads): near = search(q, ks[-1])
         for m, (dists, idxs) in zip(ends, near):
             for k, how in itertools.product(ks, hows):
-                found.setdefault((m, k, how), []).append(_scores(q, dists[:, :k], idxs, how, bank[:m], whole.get(m), patches.shape[:3]))
+                found.setdefault((m, k, how), []).append(_scores(q, dists[:, :k], idxs, how, model.distance, bank[:m], whole.get(m), patches.shape[:3]))
     return found
 
 
-def _check_sweep(model:PatchCore, n_images:int, ratios:list[float], ks:list[int], hows:list[str]):
+def _check_sweep(model:PatchCore, category:Category, ratios:list[float], ks:list[int], hows:list[str]):
     "Refuse what cannot work before the work begins; changes the model's arguments."
     if not ratios or not ks: raise ArgumentError('a sweep needs at least one ratio and one k, and got none: pass ratios=[.01, .1], ks=[1, 3]')
     model.ratio, model.k = ratios[-1], ks[0]
     for model.patch_score in hows: model._check_arguments()
-    model.check()
-    for model.ratio, model.k, model.patch_score in itertools.product(ratios, ks, hows): sizes = model.check_size(n_images)
+    model.check(category)
+    for model.ratio, model.k, model.patch_score in itertools.product(ratios, ks, hows): sizes = model.check_size(len(category.train))
     if len(ratios) > 1 and sizes[-1] == model._n_patches(len(sizes[0])): raise ArgumentError(f'ratio {ratios[-1]:g} keeps all patches, in no order of picks, and so has no smaller ratios in it: sweep ratios below 1, with a sampler that picks')
 
 # %% ../nbs/10_experiment.ipynb #f35bfb35
@@ -304,7 +304,7 @@ def sweep(
     "Judge every combination of ratio, k and patch score, at the price of one; neighbours are searched exactly."
     ratios, ks, hows = sorted(set(ratios)), sorted(set(ks)), list(patch_scores or [model.patch_score])
     whole = model.fresh()
-    _check_sweep(whole, len(category.train), ratios, ks, hows)
+    _check_sweep(whole, category, ratios, ks, hows)
     whole.ratio, whole.k, whole.patch_score = ratios[-1], ks[0], hows[0]
     bank = whole._learn(category)
     sizes = [whole._smaller(r) for r in ratios]
@@ -314,6 +314,6 @@ def sweep(
     for (ratio, m), k, how in itertools.product(zip(ratios, sizes), ks, hows):
         scores, grid = (torch.cat(o) for o in zip(*found[m, k, how]))
         pixels = masks is not None and (all_pixels or (ratio, k, how) == last)
-        maps = make_maps(grid, (whole.imagesize,)*2) if pixels else None
+        maps = whole.make_maps(grid) if pixels else None
         rows.append(dict(ratio=ratio, k=k, patch_score=how, n_patches=m, image_auroc=auroc(scores, labels), pixel_auroc=auroc(maps, masks) if pixels else np.nan))
     return pd.DataFrame(rows)

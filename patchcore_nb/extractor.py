@@ -169,6 +169,8 @@ class Extractor(nn.Module):
         self.backbone, self.layers, self.precision, self.layout = backbone.eval(), tuple(layers), precision, None
         find_layers(backbone, self.layers)
 
+    def padded_size(self, size): return size
+
     @torch.inference_mode()
     def forward(self,
         images:Tensor, # (B, 3, H, W) normalised
@@ -210,7 +212,7 @@ def map_shapes(
 )->dict[str,tuple[int,int,int]]: # layer -> (C, h, w)
     "Shapes of the feature maps for one input size, found by a dry run."
     device = next((o.device for o in [*extractor.parameters(), *extractor.buffers()]), torch.device('cpu'))
-    try: maps = extractor(torch.zeros(1, 3, size, size, device=device))
+    try: maps = extractor(torch.zeros(1, 3, *(size if isinstance(size, tuple) else (size, size)), device=device))
     except PatchCoreError: raise
     except (RuntimeError, ValueError, AssertionError) as e:
         raise ArgumentError(f'the backbone cannot take images of {size} x {size} ({str(e).splitlines()[0][:120]}): pass another --imagesize') from None

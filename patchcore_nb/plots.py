@@ -76,7 +76,7 @@ def _rgb(image)->np.ndarray: # (H, W, 3) uint8
 
 def _same_size(a:np.ndarray, anomaly_map:np.ndarray, name:str)->np.ndarray:
     "The same array, if it fits the map."
-    if a.shape[:2] != anomaly_map.shape: raise ArgumentError(f'{name} must have the size of the map, {anomaly_map.shape}, got {a.shape[:2]}: cut out the square that the network saw')
+    if a.shape[:2] != anomaly_map.shape: raise ArgumentError(f'{name} must have the size of the map, {anomaly_map.shape}, got {a.shape[:2]}: cut out the part that the network saw')
     return a
 
 def overlay(
@@ -138,7 +138,7 @@ def _title(kind:str, score:float, threshold:float|None)->str:
 
 # %% ../nbs/09_plots.ipynb #c0e74b98
 def draw_panel(
-    image,         # whatever `to_pil` takes: the square that the network saw
+    image,         # whatever `to_pil` takes: the part that the network saw
     mask,          # (H, W) True = defective; None: nobody drew one
     anomaly_map,   # (H, W)
     score:float,   # of the image
@@ -283,11 +283,11 @@ def plot_radius(
 def patch_box(
     model:PatchCore, # fitted
     row:int, col:int, # of the patch grid
-)->tuple[float,float,float,float]: # left, top, right, bottom in pixels of the square that the network saw
+)->tuple[float,float,float,float]: # left, top, right, bottom in pixels of the part that the network saw
     "The place of a patch in its image."
     p, s = model.patchsize, model.stride
     cells = [n*s+(p+1)%2 for n in model.grid_] # of the feature map: as many as patches, at stride 1 and odd patchsize
-    size = [model.imagesize/n for n in cells] # pixels in a cell
+    size = [o/n for o, n in zip(model.extractor_.padded_size(model.preprocess_.size), cells)] # pixels in a cell
     y, x = ((o*s-(p-1)//2)*c for o, c in zip((row, col), size))
     return x, y, x+p*size[1], y+p*size[0]
 
@@ -295,14 +295,15 @@ def stored_patch(
     model:PatchCore, # fitted by us: a model in the reference's files does not know where its patches came from
     train_images,    # the images that were given to `fit`
     j:int,           # row of the memory bank
-)->tuple[Image.Image,int,int,int]: # the square that the network saw; which image it is; row and column in the patch grid
+)->tuple[Image.Image,int,int,int]: # the part that the network saw; which image it is; row and column in the patch grid
     "The training image that a remembered patch came from."
     if getattr(model, 'origin_', None) is None: raise ArgumentError('this model does not know where its patches came from: fit it anew')
     i, row, col = model.origin_[j].tolist()
     items = as_items(train_images)
     if i >= len(items): raise ArgumentError(f'train_images must be those that the model was fitted on, at least {i+1}, got {len(items)}')
+    if model.augment and model.idxs_ is None: raise ArgumentError('this model was put together from several fits, and does not know which way its training images were turned: fit it at once')
     turn = list(TURNS)[int(model.idxs_[j])//(model.grid_[0]*model.grid_[1])%len(TURNS)] if model.augment else 'as it is'
-    return TURNS[turn](model.preprocess_.crop(to_pil(items[i]))), i, row, col
+    return model.view(items[i], turn), i, row, col
 
 def _framed(axs, image:Image.Image, box:tuple, colour:str, times:float=4):
     "An image with a frame around `box`, on one axes as a whole and on the other from near."
@@ -398,8 +399,8 @@ def _facts(model:PatchCore)->dict[str,str]:
 @patch
 def _repr_html_(self:PatchCore):
     facts = {'backbone': f'{self.backbone}, {" + ".join(self.layers)}',
-             'image': f'shorter side to {self.scale_to}, the middle {self.imagesize} × {self.imagesize} pixels',
-             'patch': f'{self.patchsize} × {self.patchsize} cells, {self.target_dim:,} values',
+             'image': str(getattr(self, 'preprocess_', None) or self.wanted_size()).replace(' x ', ' × '),
+             'patch': f'{self.patchsize} × {self.patchsize} cells, '+(f'{self.target_dim:,} values' if self.target_dim else 'all values of all layers'),
              'coreset': f'{100*self.ratio:.3g}% of all patches, by {self.sampler}'}
     fitted = hasattr(self, 'memory_bank_')
     facts |= _facts(self) if fitted else {'memory bank': 'empty: call fit with good images'}

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SAMPLERS', 'naive_farthest_points', 'Picks', 'lower_by_product', 'Lowering', 'farthest_points', 'project',
            'start_mean', 'start_norm', 'naive_cover_radius', 'cover_radii', 'register_sampler', 'Coreset', 'Sampled',
-           'approx_greedy', 'greedy', 'random_rows', 'identity', 'coreset_size', 'coreset', 'shortfall']
+           'approx_greedy', 'greedy', 'project_sparse', 'single_start', 'random_rows', 'identity', 'coreset_size',
+           'coreset', 'shortfall']
 
 # %% ../nbs/04_samplers.ipynb #252db6be
 from collections.abc import Callable
@@ -384,6 +385,30 @@ def greedy(
     "Greedy k-centre on a 128-dimensional projection, started at the norm of each row of all distances."
     low = project(bank, 128, seed)
     return _greedy(low, start_norm(low), sizes, show)
+
+# %% ../nbs/04_samplers.ipynb #014c6394
+def project_sparse(
+    bank:Tensor,   # (N, D)
+    eps:float=0.9, # by how much a squared distance may be wrong, (0, 1)
+    seed:int=0,    # of the map
+)->Tensor: # (N, d), d = 4 ln N / (eps^2/2 - eps^3/3) or D if that is less
+    "Project by a sparse random map of signs."
+    n, D = bank.shape
+    d, density = max(1, min(D, int(4*np.log(n)/(eps**2/2-eps**3/3)))), D**-.5
+    draw = torch.rand(d, D, generator=generator(seed))
+    w = ((draw < density/2).float()-(draw > 1-density/2).float())/(density*d)**.5
+    return torch.cat([product(x, w.to(bank.device)) for x in bank.split(2048)])
+
+@register_sampler('single_start_coreset')
+def single_start(
+    bank:Tensor,     # (N, D)
+    sizes:list[int], # of nested coresets, ascending
+    seed:int,        # of projection and starting row
+    show:bool,       # draw a progress bar?
+)->Sampled:
+    "Greedy k-centre on a sparse projection, started at the distance to one random row, as anomalib does."
+    low = project_sparse(bank, .9, seed)
+    return _greedy(low, start_mean(low, torch.randperm(len(bank), generator=generator(seed))[:1].to(bank.device)), sizes, show)
 
 # %% ../nbs/04_samplers.ipynb #e82d5449
 @register_sampler('random')

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'TENSORS', 'VALUES', 'HEADER', 'REFERENCE_KEYS', 'PARAMS', 'INDEX', 'REFERENCE_BACKBONES', 'BACK', 'FORMATS',
-           'digest', 'versions', 'write_faiss_flat', 'read_faiss_flat', 'read_reference_params', 'not_in_reference',
-           'formats_for', 'save', 'load']
+           'ENSEMBLE', 'digest', 'versions', 'write_faiss_flat', 'read_faiss_flat', 'read_reference_params',
+           'not_in_reference', 'formats_for', 'save', 'load']
 
 # %% ../nbs/08_store.ipynb #61e6bb47
-import hashlib, io, json, pickle, pickletools, platform, struct, warnings
+import hashlib, io, json, pickle, pickletools, platform, re, struct, warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .core import *
 from .core import unknown
+from .ensemble import Ensemble
 from .patchcore import RUNTIME, PatchCore, split_seed
 
 # %% ../nbs/08_store.ipynb #4ec8f036
@@ -41,13 +42,14 @@ def versions()->dict[str,str]: # name -> version
         except PackageNotFoundError: return 'unknown'
     return {'python': platform.python_version()} | {o: find(o) for o in ('patchcore_nb', 'torch', 'torchvision', 'timm', 'numpy', 'pillow')}
 
-def _write_ours(model:PatchCore, folder:Path, more:list[Path]):
+def _write_ours(model:PatchCore, folder:Path, more:list[Path], prefix:str=''):
     "Write our two files; `more` are the files beside them whose digests are noted too."
     state, tensors = model.get_state()
-    (folder/TENSORS).write_bytes(save_tensors(tensors))
-    resized = f'shorter side to {model.scale_to} px (Pillow, bilinear, antialiased), middle {model.imagesize} x {model.imagesize}, ImageNet mean and deviation'
-    values = dict(format=FORMAT, images=resized, **state, versions=versions(), sha256={p.name: digest(p) for p in [folder/TENSORS, *more]})
-    (folder/VALUES).write_text(json.dumps(values, indent=1)+'\n', encoding='utf-8')
+    path = folder/f'{prefix}{TENSORS}'
+    path.write_bytes(save_tensors(tensors))
+    resized = f'{model.preprocess_} (height x width; Pillow, bilinear, antialiased), ImageNet mean and deviation'
+    values = dict(format=FORMAT, images=resized, **state, versions=versions(), sha256={p.name: digest(p) for p in [path, *more]})
+    (folder/f'{prefix}{VALUES}').write_text(json.dumps(values, indent=1)+'\n', encoding='utf-8')
 
 # %% ../nbs/08_store.ipynb #c4a847e4
 def _read_values(path:Path)->dict:
@@ -61,33 +63,43 @@ def _read_values(path:Path)->dict:
     if odd: raise DataError(f"{path} has an odd value for {', '.join(odd)}: the model is damaged, fit it again")
     return values
 
-def _check_digests(folder:Path, wanted:dict[str,str]):
+def _check_digests(folder:Path, wanted:dict[str,str], prefix:str=''):
     "Compare each file that is there with its digest."
-    if TENSORS not in wanted: raise DataError(f'{folder/VALUES} has no digest of {TENSORS}: the model is damaged, fit it again')
-    if not (folder/TENSORS).is_file(): raise DataError(f'{folder/TENSORS} is not there: the model is not complete, copy the whole folder')
+    own = f'{prefix}{TENSORS}'
+    if own not in wanted: raise DataError(f'{folder/prefix}{VALUES} has no digest of {own}: the model is damaged, fit it again')
+    if not (folder/own).is_file(): raise DataError(f'{folder/own} is not there: the model is not complete, copy the whole folder')
     for name, sha in wanted.items():
         path = folder/Path(name).name
         if path.is_file() and digest(path) != sha: raise DataError(f'{path} is not the file that was saved (its SHA-256 differs): copy it again or fit again')
 
-def _wake(folder:Path, state:dict, tensors:dict, runtime:dict)->PatchCore:
+def _wake(folder:Path, state:dict, tensors:dict, runtime:dict, resized:bool=False)->PatchCore:
     "Build a model; what does not fit is the fault of its files, unless it is an argument of `runtime`."
     devices = {k: pick_device(runtime[k]) for k in ('device', 'search_device') if runtime.get(k) is not None}
     try: return PatchCore.from_state(state, tensors, **runtime | devices)
     except Exception as e:
-        if isinstance(e, DataError) or not set(runtime) <= set(RUNTIME): raise
+        if isinstance(e, DataError) or not set(runtime) <= set(RUNTIME) or (resized and isinstance(e, ArgumentError)): raise
         raise DataError(f'{folder} holds a model that does not fit together ({why(e)}): fit it again') from None
 
-def _load_ours(folder:Path, runtime:dict)->PatchCore:
+def _at_size(values:dict, sizes:dict)->dict: # a new one
+    "A model's values at another image size; its grid is found anew, and its threshold is gone."
+    params, learned = values['params'] | sizes, dict(values['learned'])
+    if params == values['params']: return values
+    whole = params['imagesize'] is None
+    if whole and isinstance(params['resize'], int) and values['params']['imagesize'] is not None: raise ArgumentError('nothing shall be cut, but the shape of the images is not known: pass resize=(height, width) as well')
+    if learned.get('threshold') is not None: warnings.warn('the threshold belongs to images of the size that the model was fitted at: at another size it has none')
+    return values | dict(params=params, learned=learned | dict(threshold=None, size=learned.get('size') if whole else None))
+
+def _load_ours(folder:Path, prefix:str, sizes:dict, runtime:dict)->PatchCore:
     "A model in our format."
-    values = _read_values(folder/VALUES)
-    _check_digests(folder, values['sha256'])
+    values = _read_values(folder/f'{prefix}{VALUES}')
+    _check_digests(folder, values['sha256'], prefix)
     try:
-        tensors = load_tensors((folder/TENSORS).read_bytes())
-        bank, dim = tensors['memory_bank'], values['params']['target_dim']
-        if bank.ndim != 2 or bank.shape[1] != dim: raise ValueError(f'a memory bank of shape {tuple(bank.shape)} for embeddings of {dim} values')
+        tensors = load_tensors((folder/f'{prefix}{TENSORS}').read_bytes())
+        bank, values = tensors['memory_bank'], _at_size(values, sizes)
+        if bank.ndim != 2: raise ValueError(f'a memory bank of shape {tuple(bank.shape)}')
         if bank.dtype != torch.float32 or not bank.isfinite().all(): raise ValueError('a memory bank that does not hold finite float32')
     except Exception as e: raise DataError(f'{folder} holds a model that does not fit together ({why(e)}): fit it again') from None
-    return _wake(folder, values, tensors, runtime)
+    return _wake(folder, values, tensors, runtime, bool(sizes))
 
 # %% ../nbs/08_store.ipynb #d9d934a2
 HEADER = struct.Struct('<4siqqqBiQ') # kind, D, M, two fillers, trained, metric, number of floats: 45 bytes
@@ -175,77 +187,116 @@ def not_in_reference(
 )->list[str]: # empty if the reference can express the model
     "What the reference's files cannot say about a model."
     name = split_seed(model.backbone)[0]
-    plain = dict(stride=1, more_patchsizes=(), preprocessing='mean', aggregation='mean', patch_score='max', k=1, weights='pretrained', search='exact', precision='float32')
+    plain = dict(stride=1, more_patchsizes=(), preprocessing='mean', aggregation='mean', patch_score='max', k=1, weights='pretrained', search='exact', precision='float32', distance='squared', smoothing=4)
     why = [] if BACK.get(name, name) in REFERENCE_BACKBONES else [f'the backbone {name}']
     own = {k: tuple(o) if isinstance(o := getattr(model, k), list) else o for k in plain}
-    return why+[f'{k} {own[k]!r}' for k in plain if own[k] != plain[k]]
+    odd = [k for k in ('pretrain_dim', 'target_dim', 'imagesize', 'resize') if not isinstance(getattr(model, 'scale_to' if k == 'resize' else k), int)] # it knows but whole numbers
+    return why+[f'{k} {own[k]!r}' for k in plain if own[k] != plain[k]]+[f"{k} {model.get_params()[k]!r}" for k in odd]
 
 def _write_reference(model:PatchCore, folder:Path, prefix:str='')->list[Path]:
     "Write the reference's two files."
     name, seed = split_seed(model.backbone)
     name = BACK.get(name, name)+('' if seed is None else f'.seed-{seed}')
-    values = [name, list(model.layers), (3, model.imagesize, model.imagesize), model.pretrain_dim, model.target_dim, model.patchsize, model.stride, model.k]
+    values = [name, list(model.layers), (3, *model.preprocess_.size), model.pretrain_dim, model.target_dim, model.patchsize, model.stride, model.k]
     paths = [folder/f'{prefix}{o}' for o in (PARAMS, INDEX)]
     paths[0].write_bytes(pickle.dumps(dict(zip(REFERENCE_KEYS, values)), protocol=4))
     write_faiss_flat(paths[1], model.memory_bank_)
     return paths
 
-def _load_reference(folder:Path, prefix:str, resize:int|None, runtime:dict)->PatchCore:
+def _load_reference(folder:Path, prefix:str, sizes:dict, runtime:dict)->PatchCore:
     "A model in the reference's format."
     p, bank = read_reference_params(folder/f'{prefix}{PARAMS}'), read_faiss_flat(folder/f'{prefix}{INDEX}')
-    _, h, w = p['input_shape'] if len(p['input_shape']) == 3 else (3, 0, 1)
-    if h != w: raise DataError(f"{folder/PARAMS} is for images of {p['input_shape']}: only square ones are read")
+    if len(p['input_shape']) != 3: raise DataError(f"{folder/prefix}{PARAMS} is for images of {p['input_shape']}: a shape of three numbers is expected")
+    _, h, w = p['input_shape']
+    size = sizes.get('imagesize', h if h == w else (h, w))
     if bank.shape[1] != p['target_embed_dimension']: raise DataError(f"{folder} holds patches of {bank.shape[1]} values, but its parameters say {p['target_embed_dimension']}: the two files do not belong together")
     params = dict(backbone=p['backbone.name'], layers=p['layers_to_extract_from'], k=p['anomaly_scorer_num_nn'], patchsize=p['patchsize'], stride=p['patchstride'],
-                  pretrain_dim=p['pretrain_embed_dimension'], target_dim=p['target_embed_dimension'], imagesize=h, resize=resize or round(h*8/7))
-    return _wake(folder, dict(params=params, learned={}), dict(memory_bank=bank), runtime)
+                  pretrain_dim=p['pretrain_embed_dimension'], target_dim=p['target_embed_dimension'], imagesize=size, resize=sizes.get('resize') or round(min(size if isinstance(size, tuple) else (size or h,))*8/7))
+    return _wake(folder, dict(params=params, learned={}), dict(memory_bank=bank), runtime, bool(sizes))
 
 # %% ../nbs/08_store.ipynb #e77447c6
 FORMATS = 'both', 'ours', 'reference'
 
 def formats_for(
-    model:PatchCore,        # fitted or not
-    model_format:str='both' # "both", "ours" or "reference"
+    model:PatchCore|Ensemble, # fitted or not
+    model_format:str='both'   # "both", "ours" or "reference"
 )->tuple[bool,bool,str]: # write ours? write the reference's? what to tell the user, perhaps empty
     "Which files a model will be saved as."
     if model_format not in FORMATS: raise unknown('model_format', model_format, FORMATS)
-    why = not_in_reference(model) if model_format != 'ours' else []
+    members = model.models if isinstance(model, Ensemble) else [model]
+    why = list(dict.fromkeys(x for o in members for x in not_in_reference(o))) if model_format != 'ours' else []
     said = f"the reference's files cannot express {', '.join(why)}"
     if why and model_format == 'reference': raise ArgumentError(f'{said}: pass --model_format ours')
     return model_format != 'reference', model_format != 'ours' and not why, f'{said}: the model is written in our format alone' if why else ''
 
 def _check_place(folder:Path):
     "Refuse to replace a folder that holds other things than a model."
-    others = [p.name for p in folder.iterdir() if p.name not in (TENSORS, VALUES) and not p.name.endswith((PARAMS, INDEX))] if folder.is_dir() else []
+    ends = TENSORS, VALUES, ENSEMBLE, PARAMS, INDEX
+    others = [p.name for p in folder.iterdir() if not p.name.endswith(ends)] if folder.is_dir() else []
     if others: raise DataError(f'{folder} holds other things than a model ({min(others)}): choose another folder')
 
 # %% ../nbs/08_store.ipynb #faa3e622
+ENSEMBLE = 'ensemble.json'
+
+def _prefix(i:int, n:int)->str: return f'Ensemble-{i+1}-{n}_'
+
 def save(
-    model:PatchCore,         # fitted
-    folder:str|Path,         # where to; an older model there is replaced
-    model_format:str='both', # "both", "ours" or "reference"
+    model:PatchCore|Ensemble, # fitted
+    folder:str|Path,          # where to; an older model there is replaced
+    model_format:str='both',  # "both", "ours" or "reference"
 )->Path: # the folder
     "Save a model, all or nothing."
     ours, reference, said = formats_for(model, model_format)
-    if not hasattr(model, 'memory_bank_'): raise ArgumentError('this PatchCore remembers nothing yet: call fit before saving')
+    group = isinstance(model, Ensemble)
+    members = {_prefix(i, len(model)): o for i, o in enumerate(model.models)} if group else {'': model}
+    if not all(hasattr(o, 'memory_bank_') for o in members.values()): raise ArgumentError(f'this {type(model).__name__} remembers nothing yet: call fit before saving')
     if said: warnings.warn(said)
     _check_place(Path(folder))
     with replacing_folder(folder) as temp:
-        more = _write_reference(model, temp) if reference else []
-        if ours: _write_ours(model, temp, more)
+        for prefix, o in members.items():
+            more = _write_reference(o, temp, prefix) if reference else []
+            if ours: _write_ours(o, temp, more, prefix)
+        if ours and group: (temp/ENSEMBLE).write_text(json.dumps(dict(format=FORMAT, members=list(members), threshold=model.threshold_), indent=1)+'\n', encoding='utf-8')
     return Path(folder)
 
+# %% ../nbs/08_store.ipynb #7768ae2d
+def _members(folder:Path)->list[str]: # prefixes, in order
+    "The members of an ensemble; none, if the folder holds none."
+    found = {m[0]: (int(m[1]), int(m[2])) for p in folder.iterdir() if (m := re.match(r'Ensemble-(\d+)-(\d+)_', p.name)) and p.name.endswith((VALUES, PARAMS))}
+    n = max((n for _, n in found.values()), default=0)
+    missing = [_prefix(i, n) for i in range(n) if _prefix(i, n) not in found]
+    if missing or len(found) != n: raise DataError(f"{folder} holds an incomplete ensemble ({', '.join(missing) or 'members of several'}): copy the whole folder")
+    return [_prefix(i, n) for i in range(n)]
+
+def _load_one(folder:Path, prefix:str, sizes:dict, runtime:dict)->PatchCore:
+    "A single model, or a member."
+    if (folder/f'{prefix}{VALUES}').is_file(): return _load_ours(folder, prefix, sizes, runtime)
+    if (folder/f'{prefix}{PARAMS}').is_file(): return _load_reference(folder, prefix, sizes, runtime)
+    raise DataError(f'{folder} holds no model: neither {prefix}{VALUES} nor {prefix}{PARAMS} is there')
+
+def _read_ensemble(folder:Path, prefixes:list[str])->float|None:
+    "The threshold of an ensemble, if it is one of ours."
+    if not (folder/ENSEMBLE).is_file(): return None
+    try:
+        values = json.loads((folder/ENSEMBLE).read_text(encoding='utf-8'))
+        if values['format'] != FORMAT or values['members'] != prefixes: raise ValueError('it belongs to other members')
+        return None if values['threshold'] is None else float(values['threshold'])
+    except Exception as e: raise DataError(f'{folder/ENSEMBLE} cannot be read ({why(e)}): the model is damaged, fit it again') from None
+
 def load(
-    folder:str|Path,      # of a model, ours or the reference's
-    prefix:str='',        # of the reference's files, such as "Ensemble-1-2_" for a member
-    resize:int|None=None, # for the reference's files, which do not tell: shorter side of the scaled image, pixels
+    folder:str|Path,      # of a model, ours or the reference's, single or an ensemble
+    prefix:str='',        # "Ensemble-1-2_" for the first of two members alone
+    resize:int|tuple[int,int]|None=None, # another one; the reference's files do not tell theirs: None takes 8/7 of their image size
+    imagesize:int|tuple[int,int]|str|None=None, # another one; "whole": nothing is cut
     **runtime             # arguments of `PatchCore` that change nothing but the time: device, batch_size, ...
-)->PatchCore: # ready to predict
+)->PatchCore|Ensemble: # ready to predict
     "Load a model; its files may come from anywhere."
     folder = Path(folder)
     if not folder.is_dir(): raise DataError(f'model folder {folder} is not there: check the path')
-    if (folder/VALUES).is_file() and not prefix: return _load_ours(folder, runtime)
-    if (folder/f'{prefix}{PARAMS}').is_file(): return _load_reference(folder, prefix, resize, runtime)
-    parts = sorted(p.name.removesuffix(PARAMS) for p in folder.glob(f'Ensemble-*{PARAMS}'))
-    if parts: raise DataError(f"{folder} holds an ensemble: load its members one by one, by prefix {', '.join(parts)}")
-    raise DataError(f'{folder} holds no model: neither {VALUES} nor {PARAMS} is there')
+    sizes = {k: None if v == 'whole' else v for k, v in dict(resize=resize, imagesize=imagesize).items() if v is not None}
+    single = prefix or (folder/VALUES).is_file() or (folder/PARAMS).is_file()
+    prefixes = [] if single else _members(folder)
+    if not prefixes: return _load_one(folder, prefix, sizes, runtime)
+    model = Ensemble(*(_load_one(folder, o, sizes, runtime) for o in prefixes))
+    model.threshold_ = _read_ensemble(folder, prefixes) if not sizes else None
+    return model
