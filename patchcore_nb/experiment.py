@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['REFERENCE_COLUMNS', 'METRICS', 'SETTINGS', 'JPEG', 'judge', 'with_mean', 'write_results', 'run_folder', 'settings_of',
-           'find_unfinished', 'picture_name', 'save_pictures', 'Run', 'search_recall', 'run', 'Nested', 'sweep']
+           'find_unfinished', 'picture_name', 'save_pictures', 'write_scores', 'Run', 'search_recall', 'run',
+           'judge_saved', 'Nested', 'sweep']
 
 # %% ../nbs/10_experiment.ipynb #cb7a637d
 import itertools, json, os, sys, warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from .core import *
 from .data import Category, Preprocess, Sample, check_category, read_ahead, read_masks
 from .evaluation import auroc, evaluate
+from .ensemble import Ensemble
 from .patchcore import PatchCore, Prediction, RUNTIME, as_items
 from .plots import colour_range, draw_panel
 from .scorer import DISTANCES, image_scores, limit_threads, reweight
@@ -80,22 +82,27 @@ def run_folder(
 # %% ../nbs/10_experiment.ipynb #3eac74fc
 METRICS, SETTINGS = 'metrics.csv', 'run.json'
 
+def _members(model:PatchCore|Ensemble)->list[PatchCore]: return list(model.models) if isinstance(model, Ensemble) else [model]
+
 def settings_of(
-    model:PatchCore,            # before fitting
+    model:PatchCore|Ensemble,   # before fitting
     categories:Sequence[Category], # in order
     **outputs                   # what is to be written
 )->dict: # plain values
     "What a run was asked for: all that its results depend on."
-    params = {k: list(v) if isinstance(v, tuple) else v for k, v in model.get_params().items() if k not in RUNTIME}
-    weights = model.weights_dir or os.environ.get('PATCHCORE_NB_WEIGHTS')
-    return dict(model=params, categories=[o.key for o in categories], folders=[str(o.train[0].path.resolve().parent) for o in categories],
+    params = [{k: list(v) if isinstance(v, tuple) else v for k, v in o.get_params().items() if k not in RUNTIME} for o in _members(model)]
+    weights = _members(model)[0].weights_dir or os.environ.get('PATCHCORE_NB_WEIGHTS')
+    return dict(model=params[0] if len(params) == 1 else params, categories=[o.key for o in categories], folders=[str(o.train[0].path.resolve().parent) for o in categories],
                 n_images=[[len(o.train), len(o.test)] for o in categories], weights=weights and str(Path(weights).resolve()), **outputs)
+
+def _write_tables(folder:Path, report:pd.DataFrame):
+    "Write the tables of a run: all figures, and the reference's."
+    with replacing(folder/METRICS) as temp: with_mean(report).to_csv(temp, index_label='category', lineterminator='\n', encoding='utf-8')
+    write_results(with_mean(report), folder/'results.csv')
 
 def _write_state(folder:Path, settings:dict, report:pd.DataFrame, complete:bool):
     "Write the tables, the settings and the figures so far."
-    if len(report):
-        with replacing(folder/METRICS) as temp: with_mean(report).to_csv(temp, index_label='category', lineterminator='\n', encoding='utf-8')
-        write_results(with_mean(report), folder/'results.csv')
+    if len(report): _write_tables(folder, report)
     state = dict(settings=settings, complete=complete, figures=report.to_dict('index'))
     with replacing(folder/SETTINGS) as temp: temp.write_text(json.dumps(state, indent=1)+'\n', encoding='utf-8')
 
@@ -151,6 +158,19 @@ def save_pictures(
     return folder
 
 # %% ../nbs/10_experiment.ipynb #ab9a8cb5
+def write_scores(
+    parts:Sequence[tuple[Prediction,Sequence[Sample]]], # predictions and their samples; those of the second part and on are unlabelled
+    path:str|Path, # a CSV file
+)->pd.DataFrame: # image, kind, label (1: defect), score, anomalous (1: called so; only if there is a threshold)
+    "Write the score of every image."
+    rows = [dict(image=Path(o.path).as_posix(), kind=None if i else o.kind, label=None if i else int(o.label), score=float(s), anomalous=None if p.threshold is None else int(s > p.threshold))
+            for i, (p, samples) in enumerate(parts) for s, o in zip(p.image_scores, samples)]
+    table = pd.DataFrame(rows).astype(dict(label='Int64', anomalous='Int64'))
+    if parts[0][0].threshold is None: table = table.drop(columns='anomalous')
+    with replacing(path) as temp: table.to_csv(temp, index=False, lineterminator='\n', encoding='utf-8')
+    return table
+
+# %% ../nbs/10_experiment.ipynb #eb0ce5fd
 @dataclass
 class Run:
     "What a run left behind."
@@ -158,36 +178,50 @@ class Run:
     report:pd.DataFrame # a row per category and "Mean"; all figures
     done_before:int     # categories that an earlier, resumed run had finished
 
-def _one_category(model:PatchCore, category:Category, folder:Path, save_model:bool, pictures:bool, model_format:str)->dict[str,float]:
-    "Fit, predict, judge and save one category."
-    model.spill_dir = model.spill_dir or folder
-    plan = model.plan(len(category.train), len(category.test))
-    if model.show: print(f'plan for {category.key}: {plan}', file=sys.stderr)
-    prediction = model.fit(category, plan=plan).predict(category.test)
+def _fit(model:PatchCore|Ensemble, category:Category, folder:Path):
+    "Fit a category, by a plan that knows of its test images too."
+    for o in _members(model): o.spill_dir = o.spill_dir or folder
+    plan = model.check(category).plan(len(category.train), len(category.test))
+    for p in plan if isinstance(plan, list) else [plan]:
+        if _members(model)[0].show: print(f'plan for {category.key}: {p}', file=sys.stderr)
+    model.fit(category, plan=plan)
+
+def _report(model:PatchCore|Ensemble, category:Category, scores:Path, pictures:Path|None)->dict[str,float]:
+    "Predict and judge one category; write its scores and its pictures."
+    prediction, show = model.predict(category.test), _members(model)[0].show
     figures = judge(prediction, category.test, model.preprocess_)
     if (recall := search_recall(model)) is not None: figures |= dict(search_recall=recall)
+    others = getattr(category, 'unlabelled', [])
+    write_scores([(prediction, category.test), *([(model.predict(others), others)] if others else [])], scores)
+    if pictures: save_pictures(prediction, category.test, model.preprocess_, pictures, show)
+    return figures
+
+def _one_category(model:PatchCore|Ensemble, category:Category, folder:Path, save_model:bool, pictures:bool, model_format:str)->dict[str,float]:
+    "Fit, predict, judge and save one category."
+    _fit(model, category, folder)
+    figures = _report(model, category, folder/'scores'/f'{category.key}.csv', folder/'segmentation_images'/category.key if pictures else None)
     if save_model: save(model, folder/'models'/category.key, model_format)
-    if pictures: save_pictures(prediction, category.test, model.preprocess_, folder/'segmentation_images'/category.key, model.show)
     return figures
 
 def search_recall(
-    model:PatchCore, # fitted
+    model:PatchCore|Ensemble, # fitted
 )->float|None: # in [0, 1]; None: the search is exact
-    "The share of nearest neighbours that an approximate search finds."
-    return getattr(getattr(model.scorer_, 'search_', None), 'recall_', None)
+    "The share of nearest neighbours that an approximate search finds; of an ensemble, the worst member's."
+    found = [getattr(getattr(o.scorer_, 'search_', None), 'recall_', None) for o in _members(model)]
+    return min((o for o in found if o is not None), default=None)
 
-def _check(model:PatchCore, categories:Sequence[Category])->PatchCore: # a copy of the model, whose backbone is built
+def _check(model:PatchCore|Ensemble, categories:Sequence[Category])->PatchCore|Ensemble: # a copy of the model, whose backbone is built
     "Look for whatever is wrong before the work begins."
     model = model.fresh().check()
     for o in categories:
         if not o.test: raise DataError(f'{o.key} has no test images: put some into test/good and test/DEFECT')
         model.plan(len(o.train), len(o.test))
-        check_category(o, model.show)
+        check_category(o, _members(model)[0].show)
     return model
 
-# %% ../nbs/10_experiment.ipynb #eb0ce5fd
+# %% ../nbs/10_experiment.ipynb #b98c8fa4
 def run(
-    model:PatchCore,               # its arguments; each category gets a fresh one like it
+    model:PatchCore|Ensemble,      # its arguments; each category gets a fresh one like it
     categories:Sequence[Category], # what to run on, in order
     results:str|Path,              # RESULTS_PATH
     project:str='project',         # LOG_PROJECT
@@ -214,6 +248,26 @@ def run(
             report = pd.concat([report, pd.DataFrame(figures, [o.key])])
             _write_state(folder, settings, report, complete=len(report) == len(categories))
     return Run(folder, with_mean(report), before)
+
+# %% ../nbs/10_experiment.ipynb #c87c011b
+def judge_saved(
+    models:Sequence[Callable],     # functions without arguments that load a model: one for all categories, or one for each
+    categories:Sequence[Category], # what to judge them on, in order
+    folder:str|Path,               # where results.csv, metrics.csv and scores/ go
+    pictures:Callable|None=None,   # category -> folder of its pictures; None: no pictures
+)->Run:
+    "Judge saved models on test sets."
+    if len(models) not in (1, len(categories)): raise ArgumentError(f'{len(models)} models for {len(categories)} categories: pass one for all, or one for each in the order of -d')
+    for o in categories:
+        if not o.test: raise DataError(f'{o.key} has no test images: put some into test/good and test/DEFECT')
+        check_category(o)
+    folder, report, model = make_folder(folder), pd.DataFrame(), None
+    for i, o in enumerate(categories):
+        if i < len(models): model = models[i]()
+        figures = _report(model, o, folder/'scores'/f'{o.key}.csv', pictures and pictures(o))
+        report = pd.concat([report, pd.DataFrame(figures, [o.key])])
+        _write_tables(folder, report)
+    return Run(folder, with_mean(report), 0)
 
 # %% ../nbs/10_experiment.ipynb #0b2370ad
 class Nested(Exact):
