@@ -278,7 +278,7 @@ def _once(names:Sequence[str], wanted:Sequence[str], unwanted:Sequence[str]=()):
 def _refuse(flags:dict, names:Sequence[str], why:str):
     "Refuse flags that would be ignored."
     for o in names:
-        if flags.get(o) not in (None, False, 1., 'both'): raise click.UsageError(f'--{o} {why}: leave it out')
+        if o in flags['given']: raise click.UsageError(f'--{o} {why}: leave it out')
 
 def _run_saved(flags:dict, group:dict):
     "Judge saved models in a folder of their own, like a run."
@@ -307,7 +307,7 @@ def _fit_all(flags:dict, group:dict):
 @cli.result_callback()
 def _run_all(parts, **group):
     "Check the parts, run, and show the results."
-    names = [n for n, _ in parts]
+    names, (_, group) = [n for n, _ in parts], _part('', group)
     if 'patch_core_loader' in names:
         _once(names, ('patch_core_loader', 'dataset'), ('patch_core', 'sampler'))
         return _run_saved(dict(parts), group)
