@@ -12,9 +12,9 @@ import click
 import torch
 
 from .core import *
-from .core import unknown
-from .data import DATASETS, load_category
+from .data import check_options, dataset_names, load_category
 from .demo import DEMO_CATEGORIES # the import registers the set
+import patchcore_nb.layouts # and this one the others
 from .extractor import BACKBONES, PRECISIONS
 from .experiment import REFERENCE_COLUMNS, Run, run
 from .memory import parse_size
@@ -83,7 +83,7 @@ def patch_core(**kw): return 'patch_core', kw
 def sampler(**kw): return 'sampler', kw
 
 @cli.command('dataset', help='the images')
-@click.argument('name', metavar=f"[{'|'.join(DATASETS)}]")
+@click.argument('name', metavar=f"[{'|'.join(dataset_names())}]")
 @click.argument('data_path')
 @click.option('--subdatasets', '-d', multiple=True, required=True, help='Category; repeat for several.')
 @click.option('--train_val_split', type=float, default=1., show_default=True, help='Part of the training images to remember, (0, 1]; the rest, drawn by --seed, sets the threshold.')
@@ -92,6 +92,10 @@ def sampler(**kw): return 'sampler', kw
 @click.option('--resize', type=click.IntRange(1), default=256, show_default=True, help='Shorter side of the scaled image, pixels.')
 @click.option('--imagesize', type=click.IntRange(1), default=224, show_default=True, help='Side of the square cut from its middle, pixels; at most --resize.')
 @click.option('--augment', is_flag=True, help='Also remember training images turned by 90, 180 and 270 degrees, and mirrored.')
+@click.option('--normal', default=None, help='For the dataset folder: patterns of good images below DATA_PATH/CATEGORY, parted by commas; good/* if not given.')
+@click.option('--abnormal', default=None, help='Likewise of defective images; bad/* if not given.')
+@click.option('--masks', default=None, help="Likewise of their masks, with {stem} for the image's name: 'masks/{stem}*.png'.")
+@click.option('--test_normal', default=None, help='Likewise of good test images; a fifth of the good ones, drawn by --seed, if not given.')
 def dataset(**kw): return 'dataset', kw
 
 # %% ../nbs/12_cli.ipynb #ac07e6f4
@@ -157,11 +161,12 @@ def _run_all(parts, **group):
         if names.count(o) != 1: raise click.UsageError(f"{o} must be given once, but is {'missing' if o not in names else 'there several times'}: RESULTS_PATH patch_core [...] sampler [...] dataset [...]")
     flags = dict(parts)
     data = flags['dataset']
-    if data['name'] not in DATASETS: raise unknown('dataset', data['name'], DATASETS)
+    options = {o: data[o] for o in ('normal', 'abnormal', 'masks', 'test_normal') if data[o] is not None}
+    check_options(data['name'], options)
     coreset_size(1, flags['sampler']['percentage'], flags['sampler']['name'])
     if len(set(data['subdatasets'])) < len(data['subdatasets']): raise click.UsageError('a category is named twice with -d: name each one once')
     model = make_model(group, flags['patch_core'], flags['sampler'], data).check()
-    try: categories = [load_category(data['name'], data['data_path'], d) for d in data['subdatasets']]
+    try: categories = [load_category(data['name'], data['data_path'], d, seed=group['seed'], **options) for d in data['subdatasets']]
     except OSError as e: raise DataError(f"{data['data_path']} cannot be read ({e.strerror}): check the path and its permissions") from None
     done = run(model, categories, group['results_path'], group['log_project'], group['log_group'], group['save_patchcore_model'],
                group['save_segmentation_images'], group['model_format'], group['resume'])

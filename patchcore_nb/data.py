@@ -6,7 +6,8 @@
 __all__ = ['DATASETS', 'TREES', 'TURNS', 'Sample', 'Category', 'register_dataset', 'wrong_layout', 'dataset_names',
            'find_dataset', 'dataset_options', 'check_options', 'load_category', 'list_images', 'subfolders',
            'meant_root', 'find_home', 'list_good', 'read_layout', 'mvtec', 'make_miniature', 'Preprocess', 'image_size',
-           'read_mask', 'read_masks', 'check_category', 'read_ahead', 'batches', 'check_split', 'hold_out']
+           'mask_values', 'read_mask', 'read_masks', 'check_category', 'read_ahead', 'batches', 'check_split',
+           'hold_out']
 
 # %% ../nbs/01_data.ipynb #97adc4da
 import inspect, os, warnings
@@ -304,7 +305,9 @@ def _same_size(mask:Path, got:tuple[int,int], image:Path, want:tuple[int,int]):
     if got != want: raise DataError(f'mask {mask} is {got[0]} x {got[1]}, but its image {image} is {want[0]} x {want[1]}: give the mask the size of the image')
 
 # %% ../nbs/01_data.ipynb #ca900847
-def _mask_values(im:Image.Image)->np.ndarray: # (H, W) float64
+def mask_values(
+    im:Image.Image, # an opened mask
+)->np.ndarray: # (H, W) float64
     "The numbers of a mask, zero where nothing is marked: deep ones as they are, a transparent layer on black."
     im = ImageOps.exif_transpose(im)
     if im.mode.startswith(('I', 'F')): return np.nan_to_num(np.asarray(im).astype(np.float64), posinf=0).clip(min=0)
@@ -315,7 +318,7 @@ def _mask_paths(mask:Path|tuple[Path,...]|None)->tuple[Path,...]: return mask if
 
 def _white(path:Path, image:Path, any_value:bool)->np.ndarray: # (H, W) uint8
     "A mask of an image's size, 255 at the defect."
-    grey = read_image(path, _mask_values)
+    grey = read_image(path, mask_values)
     _same_size(path, grey.shape[::-1], image, image_size(image))
     return ((grey > 0)*255 if any_value else grey*255//(grey.max() or 1)).astype(np.uint8)
 
