@@ -14,6 +14,7 @@ _WHERE = {
     'cache': '',
     'data': 'Category DATASETS Preprocess Sample load_category register_dataset',
     'demo': 'DEMO_CATEGORIES demo_sample make_demo',
+    'layouts': '',
     'extractor': 'Extractor create_backbone register_backbone',
     'filterbank': 'FilterBank',
     'aggregator': 'Aggregator',
@@ -37,6 +38,8 @@ def __getattr__(name):
     module = importlib.import_module('patchcore_nb.'+_MODULE.get(name, name))
     if name in _WHERE: return module
     if name in ('PatchCore', 'Prediction', 'load'): importlib.import_module('patchcore_nb.plots') # how they show themselves
+    if name in ('DATASETS', 'load_category'): # which know all sets
+        for o in ('demo', 'layouts'): importlib.import_module('patchcore_nb.'+o)
     value = globals()[name] = getattr(module, name)
     return value
 

@@ -16,9 +16,9 @@ import click
 import torch
 
 from .core import *
-from .core import unknown
-from .data import DATASETS, Category, Preprocess, image_size, load_category, parse_pixels
+from .data import Category, Preprocess, check_options, dataset_names, image_size, load_category, parse_pixels
 from .demo import DEMO_CATEGORIES # the import registers the set
+import patchcore_nb.layouts # and this one the others
 from .extractor import BACKBONES, PRECISIONS
 from .ensemble import Ensemble
 from .experiment import REFERENCE_COLUMNS, Run, judge_saved, run, run_folder
@@ -116,12 +116,16 @@ def patch_core(**kw): return _part('patch_core', kw)
 def sampler(**kw): return _part('sampler', kw)
 
 DATA_OPTIONS = [
-    click.argument('name', metavar=f"[{'|'.join(DATASETS)}]"),
+    click.argument('name', metavar=f"[{'|'.join(dataset_names())}]"),
     click.argument('data_path'),
     click.option('--subdatasets', '-d', multiple=True, required=True, help='Category; repeat for several.'),
     click.option('--num_workers', type=click.IntRange(0), default=8, show_default=True, help='Threads that read images ahead, at most one a core.'),
     click.option('--resize', type=_Size(), default=256, show_default=True, help='Shorter side of the scaled image, pixels; or height x width of the whole.'),
     click.option('--imagesize', type=_Size(), default=224, show_default=True, help='Side of the square cut from its middle, pixels, or height x width; at most --resize.'),
+    click.option('--normal', default=None, help='For the dataset folder: patterns of good images below DATA_PATH/CATEGORY, parted by commas; good/* if not given.'),
+    click.option('--abnormal', default=None, help='Likewise of defective images; bad/* if not given.'),
+    click.option('--masks', default=None, help="Likewise of their masks, with {stem} for the image's name: 'masks/{stem}*.png'."),
+    click.option('--test_normal', default=None, help='Likewise of good test images; a fifth of the good ones, drawn by --seed, if not given.'),
     click.option('--no_crop', is_flag=True, help='Cut nothing: the network sees the whole scaled image.'),
 ]
 
@@ -240,14 +244,20 @@ def sizes_for(
     if data['no_crop']: return dict(resize=Preprocess(data['resize'], None).settle(image_size(category.test[0].path)).resize, imagesize='whole')
     return {k: data[k] for k in ('resize', 'imagesize') if k in data['given']}
 
+def _check_data(data:dict)->dict: # options of the dataset's own
+    "Refuse a dataset, options or categories that cannot be, before any file is looked at."
+    options = {o: data[o] for o in ('normal', 'abnormal', 'masks', 'test_normal') if data[o] is not None}
+    check_options(data['name'], options)
+    if len(set(data['subdatasets'])) < len(data['subdatasets']): raise click.UsageError('a category is named twice with -d: name each one once')
+    return options
+
 def find_categories(
     group:dict, # flags of the command itself
     data:dict,  # of dataset
 )->list[Category]:
     "The categories that the flags name."
-    if data['name'] not in DATASETS: raise unknown('dataset', data['name'], DATASETS)
-    if len(set(data['subdatasets'])) < len(data['subdatasets']): raise click.UsageError('a category is named twice with -d: name each one once')
-    try: return [load_category(data['name'], data['data_path'], d) for d in data['subdatasets']]
+    options = _check_data(data)
+    try: return [load_category(data['name'], data['data_path'], d, seed=group['seed'], **options) for d in data['subdatasets']]
     except OSError as e: raise DataError(f"{data['data_path']} cannot be read ({e.strerror}): check the path and its permissions") from None
 
 def check_folders(
@@ -296,7 +306,7 @@ def _fit_all(flags:dict, group:dict):
     "Fit and judge."
     core, data = flags['patch_core'], flags['dataset']
     coreset_size(1, flags['sampler']['percentage'], flags['sampler']['name'] or 'identity')
-    if data['name'] not in DATASETS: raise unknown('dataset', data['name'], DATASETS)
+    _check_data(data)
     model = make_model(group, core, flags['sampler'], data).check()
     categories = find_categories(group, data)
     done = run(model, categories, group['results_path'], group['log_project'], group['log_group'], group['save_patchcore_model'],

@@ -191,7 +191,7 @@ def _report(model:PatchCore|Ensemble, category:Category, scores:Path, pictures:P
     prediction, show = model.predict(category.test), _members(model)[0].show
     figures = judge(prediction, category.test, model.preprocess_)
     if (recall := search_recall(model)) is not None: figures |= dict(search_recall=recall)
-    others = getattr(category, 'unlabelled', [])
+    others = category.unlabelled
     write_scores([(prediction, category.test), *([(model.predict(others), others)] if others else [])], scores)
     if pictures: save_pictures(prediction, category.test, model.preprocess_, pictures, show)
     return figures

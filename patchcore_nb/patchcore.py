@@ -378,7 +378,7 @@ def _learn(self:PatchCore, images, plan:Plan|None=None)->Tensor: # (M, D), the m
     "Embed and pick; all of `fit` but the scorer and the threshold."
     items = as_items(images)
     keep, held, _ = self.check(items).check_size(len(items))
-    aside = [o.path for o in getattr(images, 'calibration', [])]
+    aside = [o.path for o in images.calibration] if isinstance(images, Category) else []
     if plan is None:
         plan = self.plan(len(items))
         if self.show: print('plan:', plan, file=sys.stderr)
