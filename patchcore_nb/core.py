@@ -21,7 +21,7 @@ from torch import Tensor
 
 # %% ../nbs/00_core.ipynb #d0b002b2
 class PatchCoreError(Exception):
-    "Base of the errors that a user can mend; its text is one line with the remedy."
+    "Base of the errors that a user can mend; its first line says what is wrong, with the remedy; a wrong layout's tree follows."
 
 class DataError(PatchCoreError):
     "A file, folder, image or disk is not as it should be (exit status 1)."
