@@ -8,7 +8,7 @@ __all__ = ['REFERENCE_COLUMNS', 'METRICS', 'SETTINGS', 'JPEG', 'judge', 'with_me
            'judge_saved', 'Nested', 'sweep']
 
 # %% ../nbs/10_experiment.ipynb #cb7a637d
-import itertools, json, os, sys, warnings
+import hashlib, itertools, json, os, sys, warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +84,10 @@ METRICS, SETTINGS = 'metrics.csv', 'run.json'
 
 def _members(model:PatchCore|Ensemble)->list[PatchCore]: return list(model.models) if isinstance(model, Ensemble) else [model]
 
+def _digest(category:Category)->str: # SHA-256
+    "Which images a category is made of, and what is said of them."
+    return hashlib.sha256('\n'.join(str(o) for part in (category.train, category.test, category.calibration, category.unlabelled) for o in [len(part), *part]).encode()).hexdigest()
+
 def settings_of(
     model:PatchCore|Ensemble,   # before fitting
     categories:Sequence[Category], # in order
@@ -93,7 +97,7 @@ def settings_of(
     params = [{k: list(v) if isinstance(v, tuple) else v for k, v in o.get_params().items() if k not in RUNTIME} for o in _members(model)]
     weights = _members(model)[0].weights_dir or os.environ.get('PATCHCORE_NB_WEIGHTS')
     return dict(model=params[0] if len(params) == 1 else params, categories=[o.key for o in categories], folders=[str(o.train[0].path.resolve().parent) for o in categories],
-                n_images=[[len(o.train), len(o.test)] for o in categories], weights=weights and str(Path(weights).resolve()), **outputs)
+                n_images=[[len(o.train), len(o.test)] for o in categories], samples_sha256=[_digest(o) for o in categories], weights=weights and str(Path(weights).resolve()), **outputs)
 
 def _write_tables(folder:Path, report:pd.DataFrame):
     "Write the tables of a run: all figures, and the reference's."
