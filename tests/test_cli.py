@@ -180,7 +180,7 @@ def scores(tmp_path, call, **kw):
 @pytest.mark.parametrize('flag, check', [
     ('--anomaly_scorer_num_nn 3', lambda m: m.k == 3), ('--patchscore mean', None), ('--patchscore smoothed', None), ('--patchscore reweighted', None),
     ('--patchoverlap 0', lambda m: m.stride == 3 and m.grid_ == (3, 3)), ('-pa 5', lambda m: m.more_patchsizes == (5,)), ('--preprocessing conv', None), ('--aggregation mlp', None),
-    ('--precision bfloat16', lambda m: m.precision == 'bfloat16'), ('--patchsize 5', None), ('--pretrain_embed_dimension 48', None), ('--target_embed_dimension 32', lambda m: m.memory_bank_.shape[1] == 32)])
+    ('--precision bfloat16', lambda m: m.precision == 'bfloat16'), ('--distance euclidean', None), ('--pretrain_embed_dimension all --target_embed_dimension all', lambda m: m.memory_bank_.shape[1] == 384), ('--patchsize 5', None), ('--pretrain_embed_dimension 48', None), ('--target_embed_dimension 32', lambda m: m.memory_bank_.shape[1] == 32)])
 def test_flags_of_patch_core_do_something(call, tmp_path, flag, check):
     model, got = scores(tmp_path, call, core=f'{CORE} {flag}')
     assert check is None or check(model)
@@ -188,7 +188,7 @@ def test_flags_of_patch_core_do_something(call, tmp_path, flag, check):
 
 
 @pytest.mark.parametrize('flag, check', [
-    ('--train_val_split 0.5', lambda m: m.n_images_ == 2), ('--resize 80', None), ('--imagesize 48', lambda m: m.grid_ == (6, 6))])
+    ('--train_val_split 0.5', lambda m: m.n_images_ == 2), ('--resize 80', None), ('--resize 80x90', None), ('--imagesize 48', lambda m: m.grid_ == (6, 6)), ('--imagesize 48x64', lambda m: m.grid_ == (6, 8))])
 def test_flags_of_dataset_do_something(call, tmp_path, flag, check):
     args = f'{SMALL} -d tile {flag}'
     model, got = scores(tmp_path, call, dataset=args)
@@ -256,7 +256,7 @@ def test_threshold_from_held_out_images(call, tmp_path):
     (dict(core=CORE.replace('resnet18', 'resnet81')), ['unknown backbone', "'resnet18'"]), (dict(core=CORE.replace('layer3', 'layr3')), ['unknown layer', "'layer3'", 'layer1']),
     (dict(core=CORE.replace('layer3', 'fc')), ['not a map']), (dict(core=CORE+' -le layer2'), ['twice']), (dict(core=CORE+' --patchscore maks'), ['unknown patchscore', "'max'"]),
     (dict(core=CORE+' --search exakt'), ['unknown search', "'exact'"]), (dict(group='--memory_budget much'), ['memory_budget', '2GB']), (dict(group='--memory_budget 50MB'), ['memory_budget of 50 MB is too small']),
-    (dict(core=CORE+' -b wideresnet50'), ['ensembles']), (dict(core=CORE+' --patchsize 0'), ['patchsize']), (dict(core=CORE+' --patchsize 99'), ['far larger than the feature map']),
+    (dict(core=CORE+' -b wideresnet50'), ['-le layer2', 'from 0 to 1', '0.layer2']), (dict(core='-b resnet18 -b resnet18 -le 0.layer2 --weights random'), ['backbone 1', 'has no layer', '-le 1.']), (dict(core=CORE+' --patchsize 0'), ['patchsize']), (dict(core=CORE+' --patchsize 99'), ['far larger than the feature map']),
     (dict(core=CORE+' --patchoverlap 1'), ['patchoverlap']), (dict(core=CORE+' --anomaly_scorer_num_nn 0'), ['anomaly_scorer_num_nn']),
     (dict(core=CORE+' --patchscore reweighted', sampler='-p 0.0001 approx_greedy_coreset'), ['only one', '(-p)']),
     (dict(core=CORE+' --anomaly_scorer_num_nn 26'), ['memory bank of 25', '--anomaly_scorer_num_nn']),
@@ -267,7 +267,7 @@ def test_threshold_from_held_out_images(call, tmp_path):
     (dict(group='--seed 99999999999999999999'), ['seed']), (dict(core=CORE+' --weights_dir x'), ['--weights random']), (dict(core='-b filterbank -le layer2 --weights random'), ['has no weights']),
     (dict(dataset=f'--resize 16 --imagesize 16 -d tile', core=CORE+' -pa 2'), ['larger than the map of layer3']), (dict(group='--log_group='), ['log_group']), (dict(args=[]), ['RESULTS_PATH']),
     (dict(args=['results']), ['RESULTS_PATH patch_core']), (dict(args=['r', 'sampler', 'identity']), ['patch_core', 'missing']),
-    (dict(args=['r', 'patch_core_loader', '-p', 'x']), ['patch_core_loader', 'store.load']), (dict(args=['r', 'patch_cor']), ['patch_cor'])])
+    (dict(args=['r', 'patch_core_loader', '-p', 'x']), ['dataset', 'missing', 'patch_core_loader']), (dict(dataset=f'{SMALL} -d tile --no_crop'), ['--no_crop', '--imagesize']), (dict(dataset='-d tile --resize 1x2x3'), ['HEIGHTxWIDTH']), (dict(sampler='-p 0.1'), ['sampler needs a name']), (dict(core=CORE+' --target_embed_dimension few'), ['few']), (dict(core=CORE+' --smoothing -1'), ['smoothing']), (dict(group='--preset papr'), ['preset']), (dict(args=['r', 'patch_cor']), ['patch_cor'])])
 def test_usage_errors(call, tmp_path, kw, words):
     refused(call(**kw), 2, *words)
     assert not (tmp_path/'results').exists()

@@ -381,7 +381,10 @@ def test_members_of_an_ensemble(model, weights, tmp_path):
         for name in (PARAMS, INDEX): shutil.copy(folder/name, folder/f'Ensemble-{i}-2_{name}')
     for name in (PARAMS, INDEX): (folder/name).unlink()
     assert torch.equal(scores(load(folder, prefix='Ensemble-2-2_', weights_dir=weights, resize=64)), scores(model))
-    refused(load, folder, says='by prefix Ensemble-1-2_, Ensemble-2-2_')
+    both = load(folder, weights_dir=weights, resize=64)
+    assert len(both) == 2 and both.threshold_ is None and torch.equal(both.predict(IMAGES).members[1].image_scores, scores(model))
+    (folder/f'Ensemble-1-2_{PARAMS}').rename(folder/f'Ensemble-1-3_{PARAMS}')
+    refused(load, folder, says='incomplete ensemble')
 
 @pytest.mark.parametrize('gone', [TENSORS, VALUES, INDEX, PARAMS])
 def test_missing_files(saved, weights, gone):
@@ -400,7 +403,7 @@ def test_reference_files_that_do_not_fit(model, weights, tmp_path):
     def change(**values): (folder/PARAMS).write_bytes(pickle.dumps(PLAIN | {k.replace('_name', '.name'): v for k, v in values.items()}))
     def refuses(says): refused(lambda: load(folder, weights_dir=weights), says=says)
     change(target_embed_dimension=32); refuses('do not belong together')
-    for shape in [(3, 56, 64), (56, 56), (3, 56)]: change(input_shape=shape); refuses('only square ones')
+    for shape in [(56, 56), (3, 56)]: change(input_shape=shape); refuses('three numbers')
     change(layers_to_extract_from=['layer9']); refuses('layer9')
     change(backbone_name='resnet-eighteen'); refuses('resnet-eighteen')
     change(anomaly_scorer_num_nn=10**4); refuses('10000')

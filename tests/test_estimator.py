@@ -1,0 +1,261 @@
+"PatchCore as an estimator: any images, any size, more of them, fewer of them, and what scikit-learn expects."
+import inspect
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.base import clone
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from patchcore_nb.core import ArgumentError, DataError
+from patchcore_nb.data import Category, Preprocess, Sample, load_category, make_miniature, read_masks
+from patchcore_nb.ensemble import Ensemble
+from patchcore_nb.patchcore import PatchCore, as_items
+from patchcore_nb.store import load, save
+
+SMALL = dict(resize=64, imagesize=64, pretrain_dim=64, target_dim=64, ratio=.1, device='cpu')
+IMAGES = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
+
+
+def model(**kw): return PatchCore('resnet18', weights='random', **SMALL | kw)
+
+def embeddings(m, images): return torch.cat([p.flatten(0, 2) for p in m._embed(as_items(images), '')])
+
+def reach(m, images): return float(torch.cdist(embeddings(m, images), m.memory_bank_, compute_mode='donot_use_mm_for_euclid_dist').amin(1).max())
+
+
+# What scikit-learn's own checks ask of an estimator, as far as it makes sense for images
+
+def test_clone_and_params():
+    a = model(layers=('layer1', 'layer2'), k=3).fit(IMAGES[:2])
+    b = clone(a)
+    assert b.get_params() == a.get_params() and not hasattr(b, 'memory_bank_') and repr(b) == repr(a).split('):')[0]+')'
+    assert list(a.get_params()) == [o for o in inspect.signature(PatchCore.__init__).parameters if o != 'self']
+    assert b.set_params(k=5, resize=80) is b and (b.get_params()['k'], b.get_params()['resize'], a.k) == (5, 80, 3)
+    with pytest.raises(ArgumentError, match="did you mean 'layers'"): b.set_params(layer=3)
+
+def test_the_constructor_only_stores():
+    for name, p in inspect.signature(PatchCore.__init__).parameters.items():
+        if name == 'self': continue
+        odd = object()
+        assert PatchCore(**{name: odd}).get_params()[name] is odd, name
+        assert p.default is inspect.Parameter.empty or isinstance(p.default, (type(None), bool, int, float, str, tuple)), name
+
+def test_fit_returns_itself_and_learns_anew():
+    m = model()
+    assert m.fit(IMAGES[:3], None) is m
+    first = m.memory_bank_.clone()
+    assert torch.equal(m.fit(IMAGES[:3]).memory_bank_, first) and not torch.equal(m.fit(IMAGES[3:6]).memory_bank_, first)
+    with pytest.raises(ArgumentError, match='call fit'): model().predict(IMAGES)
+
+
+# Anything that holds images
+
+class Pairs(Dataset):
+    "Images with labels, as torch's datasets have them."
+    def __len__(self): return len(IMAGES)
+    def __getitem__(self, i):
+        if not 0 <= i < len(IMAGES): raise IndexError(i)
+        return torch.from_numpy(IMAGES[i]).permute(2, 0, 1), 0
+
+def sources(folder):
+    tensors = torch.from_numpy(IMAGES).permute(0, 3, 1, 2)
+    return {'paths': sorted(folder.iterdir()), 'names': [str(p) for p in sorted(folder.iterdir())], 'folder': folder, 'arrays': IMAGES, 'list of arrays': list(IMAGES), 'floats': IMAGES/255, 'tensors': tensors,
+            'pillow': [Image.fromarray(o) for o in IMAGES], 'loader': DataLoader(Pairs(), batch_size=3), 'loader of tuples': DataLoader(TensorDataset(tensors), batch_size=3),
+            'dicts': DataLoader([dict(image=o, label=0) for o in tensors], batch_size=4), 'dataset': Pairs(), 'generator': (o for o in IMAGES), 'samples': [Sample(p) for p in sorted(folder.iterdir())]}
+
+SOURCES = list(sources(__import__('pathlib').Path('.')))
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    home = tmp_path_factory.mktemp('images')
+    for i, o in enumerate(IMAGES): Image.fromarray(o).save(home/f'{i}.png')
+    return home
+
+@pytest.fixture(scope='module')
+def fitted(): return model().fit(IMAGES)
+
+@pytest.mark.parametrize('name', SOURCES)
+def test_images_of_any_kind_give_one_model(folder, fitted, name):
+    assert torch.equal(model().fit(sources(folder)[name]).memory_bank_, fitted.memory_bank_)
+    assert torch.equal(fitted.predict(sources(folder)[name]).image_scores, fitted.predict(IMAGES).image_scores)
+
+def test_one_image_is_a_batch_of_one(fitted):
+    for one in (IMAGES[0], torch.from_numpy(IMAGES[0]).permute(2, 0, 1), Image.fromarray(IMAGES[0])): assert fitted.predict(one).image_scores.shape == (1,)
+
+def test_loaders_that_cannot_be():
+    with pytest.raises(ArgumentError, match="must hold an 'image', got pixels"): as_items(DataLoader([dict(pixels=torch.zeros(3, 4, 4))]))
+    with pytest.raises(ArgumentError, match='float in \\[0, 1\\]'): model().fit(DataLoader(torch.randn(4, 3, 64, 64)))
+    with pytest.raises(DataError, match='no images'): model().fit(DataLoader([]))
+
+
+# Any size
+
+@pytest.mark.parametrize('kw, grid', [(dict(imagesize=(48, 64)), (6, 8)), (dict(resize=(64, 96), imagesize=(64, 96)), (8, 12)), (dict(resize=(70, 96), imagesize=64), (8, 8)),
+                                      (dict(imagesize=None), (8, 12)), (dict(resize=(48, 40), imagesize=None), (6, 5)), (dict(imagesize=60), (8, 8))])
+@pytest.mark.parametrize('augment', [False, True])
+def test_sizes(kw, grid, augment):
+    wide = np.random.default_rng(1).integers(0, 256, (3, 80, 120, 3), np.uint8)
+    m = model(**kw, augment=augment).fit(wide)
+    p = m.predict(wide)
+    assert m.grid_ == grid and p.patch_scores.shape[1:] == grid and p.anomaly_maps.shape[1:] == m.preprocess_.size
+    assert m.n_patches_ == 3*(5 if augment else 1)*grid[0]*grid[1]
+    back = p.original_map(0)
+    assert back.shape == (80, 120) and (np.isnan(back).any() == (kw.get('imagesize', 64) is not None and m.preprocess_.size != (64, 96)))
+    assert m.check(wide).grid_ == grid
+
+def test_the_first_image_tells_the_shape_where_nothing_is_cut(tmp_path):
+    shapes = [(80, 120), (120, 80), (64, 64)]
+    m = model(imagesize=None).fit([np.zeros((*o, 3), np.uint8) for o in shapes])
+    assert m.preprocess_ == Preprocess((64, 96), None) and m.predict(np.zeros((30, 30, 3), np.uint8)).anomaly_maps.shape == (1, 64, 96)
+    again = load(save(m, tmp_path/'m', 'ours'), device='cpu')
+    assert again.preprocess_ == m.preprocess_ and again.imagesize is None
+    other = load(tmp_path/'m', device='cpu', resize=32)
+    assert other.preprocess_ == Preprocess((32, 48), None)
+
+def test_images_too_small_for_a_rectangle():
+    with pytest.raises(DataError, match='90 x 64 when scaled.*--no_crop'): model(imagesize=(64, 96)).fit(np.zeros((2, 64, 90, 3), np.uint8))
+
+@pytest.mark.parametrize('kw', [dict(), dict(imagesize=(224, 300)), dict(imagesize=None), dict(resize=(256, 256)), dict(resize=(250, 180), imagesize=(240, 170))])
+def test_a_defect_comes_back_where_it_was_drawn(kw):
+    "On a photograph of 700 x 500."
+    rng = np.random.default_rng(0)
+    def photo(): return np.clip(rng.normal(120, 6, (500, 700, 1)).repeat(3, 2), 0, 255).astype(np.uint8)
+    good, bad = [photo() for _ in range(4)], photo()
+    bad[230:262, 400:440] = 250
+    p = PatchCore('filterbank', ratio=.05, target_dim=128, device='cpu', **kw).fit(good).predict(bad)
+    m, (w, h) = p.original_map(0), p.preprocess.scaled_size((700, 500))
+    cell = np.array([8*500/h, 8*700/w]) # a patch's step, in the photograph
+    assert m.shape == (500, 700)
+    row, col = np.unravel_index(np.nanargmax(m), m.shape)
+    hot = np.argwhere(m > .5*np.nanmax(m))
+    assert (np.abs([row-246, col-420]) < cell).all() and (np.abs(hot.mean(0)-(246, 420)) < .75*cell).all()
+
+def test_maps_lie_over_masks(tmp_path):
+    "The same cut for image and mask, at rectangles too."
+    tile = load_category('mvtec', make_miniature(tmp_path, size=(60, 90)), 'tile')
+    for pre in (Preprocess(48, (40, 64)), Preprocess(48, None), Preprocess((33, 70), (30, 64))):
+        masks = read_masks(tile.test, pre)
+        assert masks.shape[1:] == pre.settle((90, 60)).size
+        for o, mask in zip(tile.test[2:], masks[2:]):
+            bright = torch.from_numpy(np.asarray(pre.crop(Image.open(o.path)))[..., 0] > 185)
+            assert (bright & mask).sum() > .9*mask.sum() > 0 and (bright & ~mask).sum() < .5*mask.sum()
+
+
+# More images, fewer images, other people's images
+
+@pytest.mark.parametrize('kw', [dict(), dict(augment=True), dict(imagesize=(48, 64)), dict(sampler='identity'), dict(k=3), dict(search='fast'), dict(patch_score='reweighted')])
+def test_partial_fit_covers_the_new_images(kw):
+    m = model(**kw).fit(IMAGES[:3])
+    before, r = len(m.memory_bank_), m.radii_[-1]
+    assert m.partial_fit(IMAGES[3:]) is m
+    assert m.n_images_ == 8 and m.radii_ == [r] and m.sizes_ == [len(m.memory_bank_)] and len(m.origin_) == len(m.memory_bank_) > before
+    if not m.augment: assert reach(m, IMAGES) <= r*(1+1e-4)+1e-4
+    for j in (before, len(m.memory_bank_)-1): # each new row is the patch that it says it is
+        i, row, col = m.origin_[j].tolist()
+        assert i >= 3
+        if not m.augment: assert torch.allclose(next(m._embed([IMAGES[i]], ''))[0, row, col], m.memory_bank_[j], rtol=1e-3, atol=1e-4)
+
+def test_partial_fit_of_an_unfitted_model_is_fit(fitted): assert torch.equal(model().partial_fit(IMAGES).memory_bank_, fitted.memory_bank_)
+
+def test_one_image_more_than_k_allows_a_fit():
+    "A single image has too few patches for k at this ratio, the model has enough."
+    m = model(ratio=.02, k=5).fit(IMAGES[:6])
+    assert m.partial_fit(IMAGES[6]).n_images_ == 7
+
+def test_thresholds_follow_the_memory():
+    rng = np.random.default_rng(2)
+    many = rng.integers(0, 256, (60, 64, 64, 3), np.uint8)
+    m = model(train_val_split=.5).fit(many[:50])
+    first, held = m.threshold_, len(m.held_)
+    m.partial_fit(many[50:])
+    assert first > 0 and m.threshold_ > 0 and len(m.held_) == held+5 and m.n_images_ == 30
+
+def test_held_out_images_that_are_gone(tmp_path):
+    rng = np.random.default_rng(2)
+    m = load(save(model(train_val_split=.5).fit(rng.integers(0, 256, (50, 64, 64, 3), np.uint8)), tmp_path/'m', 'ours'), device='cpu')
+    assert m.threshold_ > 0
+    with pytest.warns(UserWarning, match='the model has none now'): m.forget(int(m.origin_[0, 0]))
+    assert m.threshold_ is None
+    with pytest.warns(UserWarning, match='4 held-out images are too few'): m.partial_fit(IMAGES)
+    assert m.partial_fit(rng.integers(0, 256, (50, 64, 64, 3), np.uint8)).threshold_ > 0 # enough new ones were held out
+
+def test_a_saved_model_goes_on_learning_and_forgetting(folder, tmp_path):
+    paths = sorted(folder.iterdir())
+    m = load(save(model().fit(paths[:5]), tmp_path/'a', 'ours'), device='cpu').partial_fit(paths[5:])
+    m = load(save(m, tmp_path/'b', 'ours'), device='cpu')
+    assert m.idxs_ is None and m.n_images_ == 8
+    kept = m.memory_bank_[~torch.isin(m.origin_[:, 0], torch.tensor([2, 6]))]
+    m.forget(paths[2], str(paths[6]))
+    assert torch.equal(m.memory_bank_, kept) and not {2, 6} & set(m.origin_[:, 0].tolist()) and m.n_images_ == 6
+    assert reach(m, [p for i, p in enumerate(paths) if i not in (2, 6)]) <= m.radii_[-1]
+    with pytest.raises(DataError, match='none of the images'): m.forget(paths[2])
+    again = load(save(m, tmp_path/'c', 'ours'), device='cpu')
+    assert torch.equal(again.predict(paths).anomaly_maps, m.predict(paths).anomaly_maps)
+    with pytest.raises(ArgumentError, match='put together'): again.resize(.01)
+
+def test_forgetting_what_was_never_learned(fitted):
+    for image, error in [(8, 'not in memory'), (-1, 'not in memory')]:
+        with pytest.raises(ArgumentError, match=error): clone(fitted).fit(IMAGES).forget(image)
+    with pytest.raises(DataError, match='none of the images'): clone(fitted).fit(IMAGES).forget(np.zeros((9, 9, 3), np.uint8))
+    with pytest.raises(ArgumentError, match='call fit before forget'): model().forget(0)
+
+def test_one_image_twice():
+    m = model().fit(IMAGES[[0, 1, 0]])
+    assert set(m.forget(IMAGES[0]).origin_[:, 0].tolist()) == {1}
+
+def test_merge():
+    a, b = model().fit(IMAGES[:3]), model().fit(IMAGES[3:5])
+    c = a.merge(b, model().fit(IMAGES[5:]))
+    assert (c.n_images_, c.n_patches_) == (8, 8*64) and reach(c, IMAGES) <= c.radii_[-1]*(1+1e-4)
+    assert torch.equal(c.predict(IMAGES).patch_scores, torch.stack([o.predict(IMAGES).patch_scores for o in (a, b, model().fit(IMAGES[5:]))]).amin(0))
+    assert len(a.memory_bank_)+len(b.memory_bank_) < len(c.memory_bank_) and len(a.memory_bank_) == 19 # a itself is as it was
+    for kw, word in [(dict(seed=1), 'backbone_sha256'), (dict(patchsize=5), 'settings'), (dict(imagesize=56), 'sizes')]:
+        with pytest.raises(ArgumentError, match=word): a.merge(model(**kw).fit(IMAGES[3:5]))
+
+def test_models_of_the_reference_neither_learn_nor_forget(testdata):
+    m = load(testdata/'golden'/'model_single', weights_dir=testdata/'weights')
+    for f in (lambda: m.partial_fit(IMAGES), lambda: m.forget(0), lambda: m.merge(m)):
+        with pytest.raises(ArgumentError, match="reference's files do not tell"): f()
+
+def test_half_and_the_other_half_of_bottle(testdata):
+    "As good as all at once, and covered at most half as well."
+    from patchcore_nb.evaluation import auroc
+    bottle = load_category('mvtec', testdata/'data'/'mvtec256', 'bottle')
+    labels = [o.label for o in bottle.test]
+    kw = dict(backbone='resnet18', ratio=.01, weights_dir=testdata/'weights', device='cpu')
+    whole, parts = PatchCore(**kw).fit(bottle), PatchCore(**kw).fit(bottle.train[::2]).partial_fit(bottle.train[1::2])
+    assert parts.n_images_ == whole.n_images_ == 209
+    assert auroc(parts.predict(bottle.test).image_scores, labels) >= auroc(whole.predict(bottle.test).image_scores, labels)-.005
+    assert parts.radii_[-1] <= 2*whole.radii_[-1]
+    path = bottle.train[7].path
+    number = [i for i, o in enumerate(bottle.train[::2]+bottle.train[1::2]) if o.path == path]
+    assert not torch.isin(parts.forget(path).origin_[:, 0], torch.tensor(number)).any()
+
+
+# In a new process
+
+RUN = 'import sys; import numpy as np, torch; from patchcore_nb.store import load; x = np.load(sys.argv[2]); p = load(sys.argv[1], device="cpu").predict(x); torch.save([p.image_scores, p.anomaly_maps], sys.argv[3])'
+
+@pytest.mark.parametrize('make', [lambda: model(), lambda: Ensemble(model(layers=('layer2',)), model(layers=('layer3',), target_dim=32), model(seed=3)), lambda: PatchCore('filterbank', **SMALL)], ids=['single', 'ensemble', 'filterbank'])
+def test_a_saved_model_in_a_new_process_is_the_same_to_the_bit(make, tmp_path):
+    m = make().fit(IMAGES)
+    np.save(tmp_path/'x.npy', IMAGES[4])
+    save(m, tmp_path/'m', 'ours')
+    subprocess.run([sys.executable, '-c', RUN, str(tmp_path/'m'), str(tmp_path/'x.npy'), str(tmp_path/'out.pt')], check=True)
+    p = m.predict(IMAGES[4])
+    for got, want in zip(torch.load(tmp_path/'out.pt'), (p.image_scores, p.anomaly_maps)): assert torch.equal(got, want)
+
+def test_good_images_set_aside_by_a_dataset_set_the_threshold(tmp_path):
+    paths = []
+    for i, o in enumerate(np.random.default_rng(5).integers(0, 256, (30, 64, 64, 3), np.uint8)):
+        Image.fromarray(o).save(tmp_path/f'{i}.png')
+        paths.append(Sample(tmp_path/f'{i}.png'))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        m = model().fit(Category('x', 'y', paths[:6], [], calibration=paths[6:]))
+    assert m.n_images_ == 6 and m.threshold_ > 0 and (m.predict([o.path for o in paths[6:]]).image_scores > m.threshold_).float().mean() <= .05
