@@ -111,7 +111,7 @@ def patch_core(**kw): return _part('patch_core', kw)
 
 # %% ../nbs/12_cli.ipynb #fddf172a
 @cli.command('sampler', help='which patches to remember')
-@click.argument('name', metavar=f"[{'|'.join(SAMPLERS)}]", required=False)
+@click.argument('name', metavar=f"[{'|'.join(SAMPLERS)}|preset]")
 @click.option('--percentage', '-p', type=float, default=0.1, show_default=True, help='Fraction of the patches to remember, (0, 1]; 1 keeps all.')
 def sampler(**kw): return _part('sampler', kw)
 
@@ -160,12 +160,12 @@ _NAMES = dict(patchscore='patch_score', patchsize_aggregate='more_patchsizes', p
 def _arguments(group:dict, core:dict, sampler:dict, data:dict)->dict:
     "Arguments of `PatchCore`, whatever the backbone; of a preset those that no flag gives."
     if data['no_crop'] and 'imagesize' in data['given']: raise click.UsageError('--no_crop leaves nothing for --imagesize to say: pass one of them')
-    if not sampler['name'] and not group['preset']: raise click.UsageError(f"sampler needs a name: {', '.join(SAMPLERS)}")
+    if sampler['name'] == 'preset' and not group['preset']: raise click.UsageError(f"the sampler preset goes with --preset: pass {' or '.join(PRESETS)} there, or name a sampler: {', '.join(SAMPLERS)}")
     args = dict(ratio=sampler['percentage'], sampler=sampler['name'], k=core['anomaly_scorer_num_nn'] or 1, patch_score=core['patchscore'], patchsize=core['patchsize'],
                 more_patchsizes=core['patchsize_aggregate'], stride=stride_of(core['patchsize'], core['patchoverlap']), pretrain_dim=core['pretrain_embed_dimension'],
                 target_dim=core['target_embed_dimension'], resize=data['resize'], imagesize=None if data['no_crop'] else data['imagesize'])
     args |= {k: core[k] for k in ('preprocessing', 'aggregation', 'distance', 'smoothing', 'search', 'precision', 'weights')} | {k: data[k] for k in ('augment', 'train_val_split')}
-    given = {_NAMES.get(k, k) for part in (core, sampler, data) for k in part['given'] if part[k] is not None or k.endswith('dimension')}
+    given = {_NAMES.get(k, k) for part in (core, sampler, data) for k in part['given'] if (k, part[k]) != ('name', 'preset')}
     return args | {k: v for k, v in PRESETS.get(group['preset'], {}).items() if k not in given}
 
 def layers_of(
@@ -305,7 +305,7 @@ def _run_saved(flags:dict, group:dict):
 def _fit_all(flags:dict, group:dict):
     "Fit and judge."
     core, data = flags['patch_core'], flags['dataset']
-    coreset_size(1, flags['sampler']['percentage'], flags['sampler']['name'] or 'identity')
+    coreset_size(1, flags['sampler']['percentage'], 'identity' if (name := flags['sampler']['name']) == 'preset' else name)
     _check_data(data)
     model = make_model(group, core, flags['sampler'], data).check()
     categories = find_categories(group, data)

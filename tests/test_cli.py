@@ -267,7 +267,7 @@ def test_threshold_from_held_out_images(call, tmp_path):
     (dict(group='--seed 99999999999999999999'), ['seed']), (dict(core=CORE+' --weights_dir x'), ['--weights random']), (dict(core='-b filterbank -le layer2 --weights random'), ['has no weights']),
     (dict(dataset=f'--resize 16 --imagesize 16 -d tile', core=CORE+' -pa 2'), ['larger than the map of layer3']), (dict(group='--log_group='), ['log_group']), (dict(args=[]), ['RESULTS_PATH']),
     (dict(args=['results']), ['RESULTS_PATH patch_core']), (dict(args=['r', 'sampler', 'identity']), ['patch_core', 'missing']),
-    (dict(args=['r', 'patch_core_loader', '-p', 'x']), ['dataset', 'missing', 'patch_core_loader']), (dict(dataset=f'{SMALL} -d tile --no_crop'), ['--no_crop', '--imagesize']), (dict(dataset='-d tile --resize 1x2x3'), ['HEIGHTxWIDTH']), (dict(sampler='-p 0.1'), ['sampler needs a name']), (dict(core=CORE+' --target_embed_dimension few'), ['few']), (dict(core=CORE+' --smoothing -1'), ['smoothing']), (dict(group='--preset papr'), ['preset']), (dict(args=['r', 'patch_cor']), ['patch_cor'])])
+    (dict(args=['r', 'patch_core_loader', '-p', 'x']), ['dataset', 'missing', 'patch_core_loader']), (dict(dataset=f'{SMALL} -d tile --no_crop'), ['--no_crop', '--imagesize']), (dict(dataset='-d tile --resize 1x2x3'), ['HEIGHTxWIDTH']), (dict(sampler='-p 0.1 preset'), ['goes with --preset', 'greedy_coreset']), (dict(core=CORE+' --target_embed_dimension few'), ['few']), (dict(core=CORE+' --smoothing -1'), ['smoothing']), (dict(group='--preset papr'), ['preset']), (dict(args=['r', 'patch_cor']), ['patch_cor'])])
 def test_usage_errors(call, tmp_path, kw, words):
     refused(call(**kw), 2, *words)
     assert not (tmp_path/'results').exists()
