@@ -14,8 +14,9 @@ _WHERE = {
     'cache': '',
     'data': 'Category DATASETS Preprocess Sample load_category register_dataset',
     'demo': 'DEMO_CATEGORIES demo_sample make_demo',
-    'extractor': 'Extractor create_backbone register_backbone',
+    'extractor': 'Extractor register_backbone',
     'filterbank': 'FilterBank',
+    'backbones': 'backbone_table create_backbone describe_backbone', # here, because the table of names is here
     'aggregator': 'Aggregator',
     'samplers': 'SAMPLERS coreset register_sampler',
     'scorer': 'Scorer',

@@ -283,13 +283,14 @@ class Extractor(nn.Module):
 
     @torch.inference_mode()
     def forward(self,
-        images:Tensor, # (B, 3, H, W) normalised
+        images:Tensor,    # (B, 3, H, W) normalised
+        stop:bool=True,   # when the last wanted layer has spoken? else the whole network runs, for whoever wants its cost
     )->dict[str,Tensor]: # layer -> (B, C, h, w)
         "Feature maps of the wanted layers, which cover `padded_size` of the images."
         images, seen, modules = self._lay_out(images), {}, find_layers(self.backbone, self.layers)
         def catch(name, out):
             seen[name] = out
-            if len(seen) == len(self.layers): raise _Enough
+            if stop and len(seen) == len(self.layers): raise _Enough
         hooks = [m.register_forward_hook(lambda m, args, out, name=name: catch(name, out)) for name, m in zip(self.layers, modules)]
         try:
             with full_precision(), self._lower_precision(images.device): self.backbone(images)
