@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'ALIASES', 'LIBRARIES', 'KNOWN', 'ENDINGS', 'HEADS', 'PRECISIONS', 'Known', 'register_backbone',
-           'split_seed', 'library_names', 'find_backbone', 'reference_name', 'find_weights', 'read_weights',
-           'put_weights', 'weights_names', 'create_backbone', 'find_layers', 'Cut', 'find_cut', 'tokens_to_map',
-           'pad_images', 'Extractor', 'map_shapes']
+           'split_seed', 'library_names', 'find_backbone', 'find_weights', 'read_weights', 'put_weights',
+           'weights_names', 'create_backbone', 'find_layers', 'Cut', 'find_cut', 'tokens_to_map', 'pad_images',
+           'Extractor', 'map_shapes']
 
 # %% ../nbs/02_extractor.ipynb #f6776076
 import logging, os, re
@@ -90,17 +90,9 @@ def find_backbone(
     if not library: own = ALIASES.get(own, own)
     for o in [library] if library else LIBRARIES:
         if _has(o, own): return o, own
-    if library: raise unknown(f'backbone of {library}', own, [*nearest_names(own, library_names(library), 5), f'python -c "from patchcore_nb.extractor import *; print(library_names({library!r}))" lists all'])
+    if library: raise unknown(f'backbone of {library}', own, [*nearest_names(own, library_names(library), 5), f'any name in library_names({library!r})'])
     names = [*BACKBONES, *KNOWN, *ALIASES, *(n for o in LIBRARIES for n in library_names(o))]
     raise unknown('backbone', name, [*nearest_names(name, names, 5), 'resnet18', 'wideresnet50', *BACKBONES, 'any name in torchvision.models or timm.list_models()'])
-
-def reference_name(
-    name:str, # as on the command line, without a seed suffix
-)->str|None: # None if the reference has none
-    "The reference's name for a backbone."
-    if name in KNOWN: return name
-    found = find_backbone(name)
-    return next((k for k, o in KNOWN.items() if o.library and _of_table(k) == found), None)
 
 # %% ../nbs/02_extractor.ipynb #4a8485bc
 ENDINGS = '.safetensors', '.pth', '.pt'

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from .core import *
 from .core import unknown
-from .extractor import reference_name
-from .patchcore import RUNTIME, PatchCore, split_seed
+from .patchcore import RUNTIME, PatchCore, reference_name, split_seed
 
 # %% ../nbs/08_store.ipynb #4ec8f036
 FORMAT = 'patchcore_nb model 1'
