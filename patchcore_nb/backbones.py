@@ -115,7 +115,8 @@ def describe_backbone(
     if known and not known.library: return dict(name=name, constructor=known.lost)
     layers = layers or known_layers(name)
     with torch.device('meta'): extractor = Extractor(create_backbone(name, 'random'), layers)
-    shapes, cost, whole = _measure(extractor, size)
+    try: shapes, cost, whole = _measure(extractor, size)
+    except (RuntimeError, ValueError, AssertionError): map_shapes(extractor, size); raise # the former says it better
     return dict(name=name, constructor=': '.join(find_backbone(split_seed(name)[0])), layers=list(layers), channels=[c for c, _, _ in shapes.values()],
                 strides=_strides(extractor, shapes, size), parameters=sum(p.numel() for p in extractor.backbone.parameters())/1e6, cost=cost, whole=whole)
 

@@ -10,6 +10,7 @@ from patchcore_nb.core import ArgumentError, DataError
 from patchcore_nb.demo import demo_sample
 from patchcore_nb.extractor import Extractor, create_backbone, find_backbone, map_shapes, pad_images, weights_names
 from patchcore_nb.patchcore import PatchCore
+from patchcore_nb.store import not_in_reference
 
 REFERENCE = '''alexnet bninception resnet18 resnet50 resnet101 resnext101 resnet200 resnest50 resnetv2_50_bit resnetv2_50_21k resnetv2_101_bit
 resnetv2_101_21k resnetv2_152_bit resnetv2_152_21k resnetv2_152_384 resnetv2_101 vgg11 vgg19 vgg19_bn wideresnet50 wideresnet101 mnasnet_100 mnasnet_a1
@@ -93,6 +94,7 @@ def test_the_table_shows_what_was_measured():
 def test_one_size_alone_is_described_too():
     row = describe_backbone('torchvision:vit_b_16', ['encoder.layers.encoder_layer_5'])
     assert (row['channels'], row['strides']) == ([768], [16])
+    with pytest.raises(ArgumentError, match='cannot take images of 256 x 256'): describe_backbone('torchvision:vit_b_16', ['encoder.layers.encoder_layer_5'], size=256)
 
 
 # Names
@@ -123,6 +125,11 @@ def test_weights_that_never_were(name, says, tmp_path):
 @pytest.mark.parametrize('name, back', {'wide_resnet50_2': 'wideresnet50', 'torchvision:resnet50': 'resnet50', 'timm:vit_small_patch16_224.augreg_in21k_ft_in1k': 'vit_small', 'densenet201': 'densenet201',
                                         'torchvision:densenet201': None, 'timm:vit_small_patch16_224': None, 'filterbank': None, 'convnext_tiny': None}.items())
 def test_back_to_the_reference(name, back): assert reference_name(name) == back
+
+@pytest.mark.parametrize('name, written', {'densenet201': True, 'timm:densenet201.tv_in1k': True, 'torchvision:resnet50.seed-3': True, 'torchvision:densenet201': False, 'timm:densenet201': False}.items())
+def test_a_saved_name_keeps_the_meaning_of_the_reference(name, written):
+    "What the reference would take for another network is not written in its format."
+    assert not_in_reference(PatchCore(name)) == ([] if written else [f'the backbone {name}'])
 
 def test_seeds_go_with_every_name():
     def first(name, seed=0): return create_backbone(name, 'random', seed=seed).patch_embed.proj.weight
