@@ -15,17 +15,21 @@ _WHERE = {
     'data': 'Category DATASETS Preprocess Sample load_category register_dataset',
     'demo': 'DEMO_CATEGORIES demo_sample make_demo',
     'layouts': '',
-    'extractor': 'Extractor create_backbone register_backbone',
+    'extractor': 'Extractor register_backbone',
     'filterbank': 'FilterBank',
+    'backbones': 'backbone_table create_backbone describe_backbone', # here, because the table of names is here
     'aggregator': 'Aggregator',
     'samplers': 'SAMPLERS coreset register_sampler',
     'scorer': 'Scorer',
     'evaluation': 'evaluate',
     'patchcore': 'PatchCore Prediction',
+    'ensemble': 'Ensemble',
+    'presets': 'PRESETS preset',
     'store': 'load save',
     'plots': '',
     'experiment': 'run sweep',
     'cli': '',
+    'saved': '',
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names.split()}
 __all__ = list(_MODULE)
@@ -37,7 +41,7 @@ def __getattr__(name):
     if name not in _MODULE and name not in _WHERE: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     module = importlib.import_module('patchcore_nb.'+_MODULE.get(name, name))
     if name in _WHERE: return module
-    if name in ('PatchCore', 'Prediction', 'load'): importlib.import_module('patchcore_nb.plots') # how they show themselves
+    if name in ('PatchCore', 'Prediction', 'Ensemble', 'preset', 'load'): importlib.import_module('patchcore_nb.plots') # how they show themselves
     if name in ('DATASETS', 'load_category'): # which know all sets
         for o in ('demo', 'layouts'): importlib.import_module('patchcore_nb.'+o)
     value = globals()[name] = getattr(module, name)

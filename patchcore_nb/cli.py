@@ -165,7 +165,7 @@ def _arguments(group:dict, core:dict, sampler:dict, data:dict)->dict:
                 more_patchsizes=core['patchsize_aggregate'], stride=stride_of(core['patchsize'], core['patchoverlap']), pretrain_dim=core['pretrain_embed_dimension'],
                 target_dim=core['target_embed_dimension'], resize=data['resize'], imagesize=None if data['no_crop'] else data['imagesize'])
     args |= {k: core[k] for k in ('preprocessing', 'aggregation', 'distance', 'smoothing', 'search', 'precision', 'weights')} | {k: data[k] for k in ('augment', 'train_val_split')}
-    given = {_NAMES.get(k, k) for part in (core, sampler, data) for k in part['given'] if (k, part[k]) != ('name', 'preset')}
+    given = {_NAMES.get(k, k) for part in (core, sampler, data) for k in part['given'] if k != 'name' or (part is sampler and sampler['name'] != 'preset')}
     return args | {k: v for k, v in PRESETS.get(group['preset'], {}).items() if k not in given}
 
 def layers_of(

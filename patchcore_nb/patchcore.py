@@ -26,6 +26,7 @@ from .core import unknown
 from .data import Category, Preprocess, Sample, TURNS, batches, check_split, hold_out, image_size, list_images, read_ahead, to_original
 from .evaluation import conformal_threshold, images_needed
 from .extractor import Extractor, create_backbone, map_shapes, split_seed
+from .backbones import reference_name # which fills the table of names
 from .filterbank import FilterBank # which registers itself
 from .memory import Load, Plan, make_plan, release, spilled
 from .samplers import Coreset, coreset, coreset_size, farthest_points

@@ -41,7 +41,7 @@ def _loader(**kw): return _part('patch_core_loader', kw)
 
 @evaluate_cli.command('dataset', help='the images')
 @_with(*DATA_OPTIONS)
-@click.option('--batch_size', type=click.IntRange(1), default=1, show_default=True, help='Images at a time.')
+@click.option('--batch_size', type=click.IntRange(1), default=2, show_default=True, help='Images at a time.')
 def _dataset(**kw): return _part('dataset', kw)
 
 @evaluate_cli.result_callback()

@@ -5,6 +5,16 @@ from pathlib import Path
 import pytest
 
 
+def pytest_addoption(parser): parser.addoption('--slow', action='store_true', help='also run the tests that are marked slow')
+
+def pytest_configure(config): config.addinivalue_line('markers', 'slow: takes minutes or gigabytes; runs with --slow alone')
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption('--slow'): return
+    for o in items:
+        if 'slow' in o.keywords: o.add_marker(pytest.mark.skip(reason='takes minutes or gigabytes of memory: pass --slow to run it'))
+
+
 @pytest.fixture(scope='session')
 def testdata()->Path: # a folder with data/, golden/ and weights/
     "The reference's golden results, real images and real weights; the test is skipped where there are none."

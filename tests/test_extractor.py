@@ -68,7 +68,7 @@ def test_unknown_layers(layers, says):
     with pytest.raises(ArgumentError) as e: Extractor(create_backbone('resnet18', 'random'), layers)
     assert says in str(e.value) and len(str(e.value).splitlines()) == 1
 
-@pytest.mark.parametrize('name, layer', [('resnet18', 'fc'), ('vit_b_32', 'encoder.ln')])
+@pytest.mark.parametrize('name, layer', [('resnet18', 'fc'), ('vit_b_32', 'heads')])
 def test_layers_that_are_no_maps(name, layer):
     with pytest.raises(ArgumentError, match='yields .* not a map'): map_shapes(Extractor(create_backbone(name, 'random'), [layer]), 224)
 
