@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .core import *
 from .evaluation import auroc, roc_curve
+from .ensemble import Ensemble
 from .patchcore import PatchCore, Prediction, TURNS, as_items
 
 # %% ../nbs/09_plots.ipynb #9670eefa
@@ -405,3 +406,11 @@ def _repr_html_(self:PatchCore):
     fitted = hasattr(self, 'memory_bank_')
     facts |= _facts(self) if fitted else {'memory bank': 'empty: call fit with good images'}
     return '<b>PatchCore</b>' + _table_html([[escape(k), escape(v)] for k, v in facts.items()])
+
+# %% ../nbs/09_plots.ipynb #3f62a136
+@patch
+def _repr_html_(self:Ensemble):
+    fitted = hasattr(self, 'units_')
+    rows = [[f'{o.backbone}, {" + ".join(o.layers)}', f'{len(o.memory_bank_):,} patches', f'unit {u:.4g}'] for o, u in zip(self.models, self.units_)] if fitted else [[f'{o.backbone}, {" + ".join(o.layers)}', 'empty: call fit with good images'] for o in self.models]
+    threshold = [] if not fitted or self.threshold_ is None else [['threshold', f'{self.threshold_:.4g}', '']]
+    return f'<b>Ensemble of {len(self)}</b>' + _table_html([[escape(x) for x in row] for row in rows+threshold])

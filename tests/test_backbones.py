@@ -1,4 +1,5 @@
 "The reference's names, one by one; transformers at sizes that they were not made for; nothing is downloaded."
+import numpy as np
 import pytest
 import timm
 import torch
@@ -226,12 +227,26 @@ def test_layers_and_sizes_that_cannot_be(name, layer, size, says):
     with pytest.raises(ArgumentError) as e: map_shapes(Extractor(create_backbone(name, 'random'), [layer]), size)
     assert says in str(e.value) and len(str(e.value).splitlines()) == 1
 
-@pytest.mark.parametrize('resize, imagesize', [(256, 224), (288, 280)])
+@pytest.mark.parametrize('resize, imagesize', [(256, 224), (288, 280), (448, (224, 448)), (256, 250)])
 @pytest.mark.parametrize('name', ['vit_small', 'timm:vit_small_patch14_dinov2'])
 def test_transformers_fit_and_predict(name, resize, imagesize):
     good, odd = ([demo_sample('denim', split, i)[0] for i in range(2)] for split in ('train', 'test'))
     model = PatchCore(name, ('blocks.1', 'blocks.3'), weights='random', resize=resize, imagesize=imagesize, target_dim=64).fit(good)
-    side = -(-imagesize//(14 if 'dinov2' in name else 16))
+    h, w = size = imagesize if isinstance(imagesize, tuple) else (imagesize, imagesize)
+    cell = 14 if 'dinov2' in name else 16
     found = model.predict(odd)
-    assert model.grid_ == (side, side) and found.anomaly_maps.shape == (2, imagesize, imagesize)
+    assert model.grid_ == (-(-h//cell), -(-w//cell)) and found.anomaly_maps.shape == (2, *size)
     assert found.anomaly_maps.isfinite().all() and (found.image_scores > 0).all()
+
+@pytest.mark.parametrize('imagesize', [224, 250, (160, 230)])
+def test_maps_of_padded_images_lie_where_the_defect_is(imagesize):
+    "What was padded is cut off again, not squeezed in: a spot near the far corner stays there."
+    size = np.array(imagesize if isinstance(imagesize, tuple) else (imagesize, imagesize))
+    rng = np.random.default_rng(0)
+    good, odd = [rng.normal(.5, .02, (*size, 3)).clip(0, 1) for _ in range(3)], rng.normal(.5, .02, (*size, 3)).clip(0, 1)
+    row, col = size-26
+    odd[row-10:row+10, col-10:col+10] = 1
+    model = PatchCore('vit_small', ('blocks.0',), weights='random', resize=tuple(map(int, size)), imagesize=None, target_dim=64, patchsize=1, ratio=1).fit(good)
+    m = model.predict(odd).original_map(0)
+    got = np.argwhere(m > .6*m.max()).mean(0)
+    assert m.shape == tuple(size) and np.abs(got-(row, col)).max() < 9
