@@ -59,6 +59,7 @@ efficientnetv2_m   timm        tf_efficientnetv2_m.in1k                         
 efficientnetv2_l   timm        tf_efficientnetv2_l.in1k                                             blocks.2 blocks.4
 '''
 
+# %% ../nbs/02b_backbones.ipynb #2e5ea9be
 def _row(line:str)->tuple[str,Known]:
     "A line of the table: name, library, network and tag, layers."
     name, library, there, *layers = line.split()

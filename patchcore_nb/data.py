@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from PIL import Image, ImageOps
 from scipy.ndimage import map_coordinates
 from torch import Tensor
@@ -295,35 +296,42 @@ class Preprocess:
         if self.imagesize is not None: return _both(self.imagesize)
         return self.resize if isinstance(self.resize, tuple) else None
 
-    def settle(self,
-        size:tuple[int,int], # (width, height) of an image
-    )->'Preprocess': # whose `size` is known
-        "Let an image tell the size, where nothing is cut."
-        return self if self.size else Preprocess(self.scaled_size(size)[::-1], None)
+# %% ../nbs/01_data.ipynb #973a8f71
+@patch
+def settle(self:Preprocess,
+    size:tuple[int,int], # (width, height) of an image
+)->'Preprocess': # whose `size` is known
+    "Let an image tell the size, where nothing is cut."
+    return self if self.size else Preprocess(self.scaled_size(size)[::-1], None)
 
-    def scaled_size(self, size:tuple[int,int])->tuple[int,int]:
-        "(width, height) after scaling an image of `size` (width, height)."
-        if isinstance(self.resize, tuple): return self.resize[::-1]
-        w, h = size
-        return (self.resize, int(self.resize*h/w)) if w <= h else (int(self.resize*w/h), self.resize)
+@patch
+def scaled_size(self:Preprocess, size:tuple[int,int])->tuple[int,int]:
+    "(width, height) after scaling an image of `size` (width, height)."
+    if isinstance(self.resize, tuple): return self.resize[::-1]
+    w, h = size
+    return (self.resize, int(self.resize*h/w)) if w <= h else (int(self.resize*w/h), self.resize)
 
-    def crop_box(self, size:tuple[int,int])->tuple[int,int,int,int]:
-        "Left, top, right, bottom of the crop in the scaled image of an original of `size`."
-        w, h = self.scaled_size(size)
-        y, x = (h, w) if self.imagesize is None else self.size
-        left, top = round((w-x)/2), round((h-y)/2)
-        return left, top, left+x, top+y
+@patch
+def crop_box(self:Preprocess, size:tuple[int,int])->tuple[int,int,int,int]:
+    "Left, top, right, bottom of the crop in the scaled image of an original of `size`."
+    w, h = self.scaled_size(size)
+    y, x = (h, w) if self.imagesize is None else self.size
+    left, top = round((w-x)/2), round((h-y)/2)
+    return left, top, left+x, top+y
 
-    def crop(self, im:Image.Image)->Image.Image:
-        "What the network sees, as an image of the same mode."
-        size, scaled = im.size, self.scaled_size(im.size)
-        if scaled[0]*scaled[1] > 2*10**8: raise DataError(f'an image of {size[0]} x {size[1]} is too long to scale its shorter side to {self.resize}: cut it into pieces')
-        box = self.crop_box(size)
-        if scaled[0] < box[2]-box[0] or scaled[1] < box[3]-box[1]: raise DataError(f'an image of {size[0]} x {size[1]} (width x height) is {scaled[0]} x {scaled[1]} when scaled, smaller than the {box[2]-box[0]} x {box[3]-box[1]} to be cut from it: pass a larger --resize, another --imagesize (height x width), or --no_crop')
-        return im.resize(scaled, Image.Resampling.BILINEAR).crop(box)
+# %% ../nbs/01_data.ipynb #3def7522
+@patch
+def crop(self:Preprocess, im:Image.Image)->Image.Image:
+    "What the network sees, as an image of the same mode."
+    size, scaled = im.size, self.scaled_size(im.size)
+    if scaled[0]*scaled[1] > 2*10**8: raise DataError(f'an image of {size[0]} x {size[1]} is too long to scale its shorter side to {self.resize}: cut it into pieces')
+    box = self.crop_box(size)
+    if scaled[0] < box[2]-box[0] or scaled[1] < box[3]-box[1]: raise DataError(f'an image of {size[0]} x {size[1]} (width x height) is {scaled[0]} x {scaled[1]} when scaled, smaller than the {box[2]-box[0]} x {box[3]-box[1]} to be cut from it: pass a larger --resize, another --imagesize (height x width), or --no_crop')
+    return im.resize(scaled, Image.Resampling.BILINEAR).crop(box)
 
-    def __call__(self, im:Image.Image)->Tensor: # (3, H, W) float32, normalised
-        return to_tensor(self.crop(im))
+@patch
+def __call__(self:Preprocess, im:Image.Image)->Tensor: # (3, H, W) float32, normalised
+    return to_tensor(self.crop(im))
 
 # %% ../nbs/01_data.ipynb #7c7cdc22
 def _places(n:int, scaled:int, first:int, cut:int)->np.ndarray: # (n,) float64

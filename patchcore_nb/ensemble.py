@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .core import *
@@ -80,40 +81,47 @@ class Ensemble:
     def __len__(self): return len(self.models)
     def __repr__(self): return 'Ensemble(\n  '+',\n  '.join(map(repr, self.models))+')'
 
-    def check(self,
-        images=None, # as `PatchCore.check` takes it
-    )->'Ensemble': # itself
-        "Refuse arguments that cannot work."
-        for i, o in enumerate(self.models):
-            twins = [p for p in self.models[:i] if p.backbone == o.backbone]
-            if twins: o._borrow(twins[-1])
-            o.check(images)
-        self.preprocess_ = self.models[0].preprocess_
-        return self
+# %% ../nbs/07a_ensemble.ipynb #4af129c5
+@patch
+def check(self:Ensemble,
+    images=None, # as `PatchCore.check` takes it
+)->'Ensemble': # itself
+    "Refuse arguments that cannot work."
+    for i, o in enumerate(self.models):
+        twins = [p for p in self.models[:i] if p.backbone == o.backbone]
+        if twins: o._borrow(twins[-1])
+        o.check(images)
+    self.preprocess_ = self.models[0].preprocess_
+    return self
 
-    def fresh(self)->'Ensemble': # not fitted
-        "An ensemble of the same arguments."
-        return Ensemble(*(o.fresh() for o in self.models))
+@patch
+def fresh(self:Ensemble)->'Ensemble': # not fitted
+    "An ensemble of the same arguments."
+    return Ensemble(*(o.fresh() for o in self.models))
 
-    def plan(self, n_images:int, n_test:int=0)->list[Plan]: # one a member
-        "What fitting each member will take."
-        return [o.plan(n_images, n_test) for o in self.models]
+@patch
+def plan(self:Ensemble, n_images:int, n_test:int=0)->list[Plan]: # one a member
+    "What fitting each member will take."
+    return [o.plan(n_images, n_test) for o in self.models]
 
-    def fit(self,
-        images, # good images: whatever `as_items` takes
-        y=None, # ignored, for scikit-learn's sake
-        plan:list[Plan]|None=None, # as `plan` returns it; default: made now
-    )->'Ensemble': # itself
-        "Fit each member."
-        for o, p in zip(self.models, plan or [None]*len(self)): o.fit(images, plan=p)
-        self._settle()
-        if held := self.models[0].held_: self.threshold_ = pick_threshold(self.predict(held).image_scores, self.models[0].false_alarms)
-        return self
+# %% ../nbs/07a_ensemble.ipynb #0d07ced7
+@patch
+def fit(self:Ensemble,
+    images, # good images: whatever `as_items` takes
+    y=None, # ignored, for scikit-learn's sake
+    plan:list[Plan]|None=None, # as `plan` returns it; default: made now
+)->'Ensemble': # itself
+    "Fit each member."
+    for o, p in zip(self.models, plan or [None]*len(self)): o.fit(images, plan=p)
+    self._settle()
+    if held := self.models[0].held_: self.threshold_ = pick_threshold(self.predict(held).image_scores, self.models[0].false_alarms)
+    return self
 
-    def predict(self,
-        images, # whatever `as_items` takes
-    )->EnsemblePrediction: # on the CPU
-        "Score images."
-        if not hasattr(self, 'units_'): raise ArgumentError('this Ensemble remembers nothing yet: call fit with good images first')
-        items = as_items(images)
-        return combine([o.predict(items) for o in self.models], self.units_, self.threshold_)
+@patch
+def predict(self:Ensemble,
+    images, # whatever `as_items` takes
+)->EnsemblePrediction: # on the CPU
+    "Score images."
+    if not hasattr(self, 'units_'): raise ArgumentError('this Ensemble remembers nothing yet: call fit with good images first')
+    items = as_items(images)
+    return combine([o.predict(items) for o in self.models], self.units_, self.threshold_)

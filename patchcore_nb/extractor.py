@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .core import *
@@ -79,6 +80,7 @@ def _of_table(name:str)->tuple[str,str]:
     if not known.library: raise ArgumentError(f'backbone {name}: {known.lost}')
     return known.library, f'{known.name}.{known.tag}' if known.tag else known.name
 
+# %% ../nbs/02_extractor.ipynb #f2938044
 def find_backbone(
     name:str, # as on the command line, without a seed suffix
 )->tuple[str,str]: # ("ours" | "torchvision" | "timm", the name there)
@@ -174,6 +176,7 @@ def _download(library:str, name:str, asked:str)->nn.Module:
                         f'put {file}.pth into a folder and pass it as --weights_dir, or use the backbone filterbank, which needs none') from None
     finally: logging.disable(before)
 
+# %% ../nbs/02_extractor.ipynb #84581f0e
 def weights_names(
     name:str, # as on the command line, without a seed suffix
 )->list[str]: # without endings, best first
@@ -267,40 +270,46 @@ class Extractor(nn.Module):
         self.cut = find_cut(backbone)
         find_layers(backbone, self.layers)
 
-    def padded_size(self,
-        size:Sequence[int], # (H, W) of the images, pixels
-    )->tuple[int,int]: # (H', W'), what the maps cover; (H, W) for a convolutional network
-        "The size that the network gets to see."
-        return tuple(-(-s//self.cut.cell)*self.cut.cell for s in size)
+# %% ../nbs/02_extractor.ipynb #e7a92f9a
+@patch
+def padded_size(self:Extractor,
+    size:Sequence[int], # (H, W) of the images, pixels
+)->tuple[int,int]: # (H', W'), what the maps cover; (H, W) for a convolutional network
+    "The size that the network gets to see."
+    return tuple(-(-s//self.cut.cell)*self.cut.cell for s in size)
 
-    @torch.inference_mode()
-    def forward(self,
-        images:Tensor,    # (B, 3, H, W) normalised
-        stop:bool=True,   # when the last wanted layer has spoken? else the whole network runs, for whoever wants its cost
-    )->dict[str,Tensor]: # layer -> (B, C, h, w)
-        "Feature maps of the wanted layers, which cover `padded_size` of the images."
-        images, seen, modules = self._lay_out(images), {}, find_layers(self.backbone, self.layers)
-        def catch(name, out):
-            seen[name] = out
-            if stop and len(seen) == len(self.layers): raise _Enough
-        hooks = [m.register_forward_hook(lambda m, args, out, name=name: catch(name, out)) for name, m in zip(self.layers, modules)]
-        try:
-            with full_precision(), self._lower_precision(images.device): self.backbone(images)
-        except _Enough: pass
-        finally:
-            for o in hooks: o.remove()
-        return {o: _as_map(o, m, seen.get(o), images.shape, self.cut) for o, m in zip(self.layers, modules)}
+@patch
+def _lower_precision(self:Extractor, device:torch.device):
+    "The context in which the network computes."
+    return nullcontext() if self.precision == 'float32' else torch.autocast(device.type, torch.bfloat16)
 
-    def _lower_precision(self, device:torch.device):
-        "The context in which the network computes."
-        return nullcontext() if self.precision == 'float32' else torch.autocast(device.type, torch.bfloat16)
+@patch
+def _lay_out(self:Extractor, images:Tensor)->Tensor: # the images, padded
+    "Pad the images, and bring them and the network's weights into the order in memory that suits the device."
+    layout = torch.channels_last if images.device.type == 'cpu' else torch.contiguous_format
+    if self.layout != layout: self.backbone.to(memory_format=layout)
+    self.layout = layout
+    return pad_images(images, *self.padded_size(images.shape[2:])).contiguous(memory_format=layout)
 
-    def _lay_out(self, images:Tensor)->Tensor: # the images, padded
-        "Pad the images, and bring them and the network's weights into the order in memory that suits the device."
-        layout = torch.channels_last if images.device.type == 'cpu' else torch.contiguous_format
-        if self.layout != layout: self.backbone.to(memory_format=layout)
-        self.layout = layout
-        return pad_images(images, *self.padded_size(images.shape[2:])).contiguous(memory_format=layout)
+# %% ../nbs/02_extractor.ipynb #9c714a7d
+@patch
+@torch.inference_mode()
+def forward(self:Extractor,
+    images:Tensor,    # (B, 3, H, W) normalised
+    stop:bool=True,   # when the last wanted layer has spoken? else the whole network runs, for whoever wants its cost
+)->dict[str,Tensor]: # layer -> (B, C, h, w)
+    "Feature maps of the wanted layers, which cover `padded_size` of the images."
+    images, seen, modules = self._lay_out(images), {}, find_layers(self.backbone, self.layers)
+    def catch(name, out):
+        seen[name] = out
+        if stop and len(seen) == len(self.layers): raise _Enough
+    hooks = [m.register_forward_hook(lambda m, args, out, name=name: catch(name, out)) for name, m in zip(self.layers, modules)]
+    try:
+        with full_precision(), self._lower_precision(images.device): self.backbone(images)
+    except _Enough: pass
+    finally:
+        for o in hooks: o.remove()
+    return {o: _as_map(o, m, seen.get(o), images.shape, self.cut) for o, m in zip(self.layers, modules)}
 
 # %% ../nbs/02_extractor.ipynb #ac5aa048
 def _unfold_tokens(module:nn.Module, out, shape:Sequence[int], cut:Cut):

@@ -72,6 +72,7 @@ def _mini_table(root:Path, name:str, rows:Sequence[tuple]):
     path.write_text('\n'.join(lines)+'\n', encoding='utf-8')
     return path
 
+# %% ../nbs/01b_layouts.ipynb #2789b684
 def make_layout(
     root:str|Path,       # folder to write to
     name:str,            # of the layout
@@ -226,6 +227,7 @@ def _place_rows(path:Path, rows:Sequence[tuple[int,dict]], samples:Sequence[Samp
         found[split].append(o)
     return found
 
+# %% ../nbs/01b_layouts.ipynb #e9c34096
 @register_dataset('visa', '''
     DATA_PATH/split_csv/1cls.csv                               a table with the columns object,split,label,image,mask
     DATA_PATH/candle/Data/Images/Normal/0000.JPG               good images; the table tells train from test
@@ -291,6 +293,7 @@ def mtd(
     if not any(o.label for o in test): raise wrong_layout('mtd', f'{root} holds no defective images: put them into MT_Blowhole, MT_Break, MT_Crack, MT_Fray and MT_Uneven')
     return Category('mtd', 'mtd', train, test)
 
+# %% ../nbs/01b_layouts.ipynb #fd85653f
 def _ksdd_sample(image:Path, label:Path)->Sample:
     "An image with the verdict that its label image gives."
     bad = read_image(label, mask_values).any()
@@ -351,6 +354,7 @@ def _owners(found:dict[Path,set[Path]], pattern:str)->dict[Path,Path]:
             owner[m] = max(other, image, key=lambda p: len(p.stem))
     return owner
 
+# %% ../nbs/01b_layouts.ipynb #9e41ece1
 def match_masks(
     home:Path,             # where the pattern begins
     images:Sequence[Path], # the defective images

@@ -128,6 +128,7 @@ def _set_up(self:PatchCore,
 
 def make_scorer(model:PatchCore)->Scorer: return Scorer(model.k, model.patch_score, model.search_threads, model.search, model.distance)
 
+# %% ../nbs/07_patchcore.ipynb #4a1bf1fd
 @patch
 def _backbone_args(self:PatchCore)->tuple: return self.backbone, self.weights, str(self.weights_dir), self.seed, str(self.device_)
 
@@ -204,6 +205,7 @@ def _check_arguments(self:PatchCore):
     if not 0 <= self.smoothing < 1000: raise ArgumentError(f'smoothing must be in [0, 1000) pixels, got {self.smoothing}: pass 4')
     SEARCHES[self.search]() # which refuses what cannot be done here
 
+# %% ../nbs/07_patchcore.ipynb #97635bf9
 @patch
 def check_size(self:PatchCore,
     n:int, # training images
@@ -272,6 +274,7 @@ def as_items(
     if not items: raise DataError('no images to work on: pass a folder that holds some, a list of paths, or arrays')
     return items
 
+# %% ../nbs/07_patchcore.ipynb #98706793
 @patch
 def view(self:PatchCore,
     image,               # what `to_pil` takes
@@ -393,6 +396,7 @@ def _learn(self:PatchCore, images, plan:Plan|None=None)->Tensor: # (M, D), the m
     self.origin_, self.digests_ = self._places(core.idxs, keep), self._digests(items, keep)
     return memory_bank
 
+# %% ../nbs/07_patchcore.ipynb #71c63d27
 @patch
 def _with_turns(self:PatchCore, items:Sequence)->list[tuple]: # (image, turn)
     return [(o, t) for o in items for t in (TURNS if self.augment else ['as it is'])]
@@ -410,6 +414,7 @@ def _digests(self:PatchCore, items:Sequence, keep:list[int])->list[str|None]: # 
     by_number = dict(zip(keep, found))
     return [by_number.get(i) for i in range(len(items))]
 
+# %% ../nbs/07_patchcore.ipynb #9b860602
 @patch
 def fit(self:PatchCore,
     images, # good images: whatever `as_items` takes
@@ -450,6 +455,7 @@ class Prediction:
         "The map of one image, on the image itself."
         return to_original(self.anomaly_maps[i], _size_of(self.images[i]), self.preprocess)
 
+# %% ../nbs/07_patchcore.ipynb #a3207218
 @patch
 def predict(self:PatchCore,
     images, # whatever `as_items` takes
@@ -472,6 +478,7 @@ def make_maps(self:PatchCore,
     "Anomaly maps at the size of what the network sees; what a backbone had to be padded by is cut off again."
     return make_maps(patch_scores, self.extractor_.padded_size(self.preprocess_.size), self.smoothing, self.preprocess_.size)
 
+# %% ../nbs/07_patchcore.ipynb #d98a3000
 def pick_threshold(
     scores:Tensor,      # (n,) image scores of good images that were held out
     false_alarms:float, # in (0, 1)
@@ -572,6 +579,7 @@ def _replace(self:PatchCore,
     if self.held_: self.threshold_ = self._threshold(self.held_)
     elif before is not None: warnings.warn('the threshold belongs to the memory as it was, and the held-out images that set it are not at hand: the model has none now')
 
+# %% ../nbs/07_patchcore.ipynb #7baa8bdf
 @patch
 def partial_fit(self:PatchCore,
     images, # more good images: whatever `as_items` takes
@@ -657,6 +665,7 @@ def get_state(self:PatchCore)->tuple[dict,dict]: # plain values by name; tensors
     if hasattr(backbone, 'calibrate'): tensors |= {f'backbone.{k}': v.cpu() for k, v in backbone.state_dict().items()}
     return dict(params=params, learned=learned), {k: v.contiguous() for k, v in tensors.items() if v is not None} # a model of the reference has no origin
 
+# %% ../nbs/07_patchcore.ipynb #d673607e
 @patch(cls_method=True)
 def from_state(cls:PatchCore,
     state:dict,             # plain values, as `get_state` gives them

@@ -80,6 +80,7 @@ def _wake(folder:Path, state:dict, tensors:dict, runtime:dict, resized:bool=Fals
         if isinstance(e, DataError) or not set(runtime) <= set(RUNTIME) or (resized and isinstance(e, ArgumentError)): raise
         raise DataError(f'{folder} holds a model that does not fit together ({why(e)}): fit it again') from None
 
+# %% ../nbs/08_store.ipynb #ce8b852a
 def _at_size(values:dict, sizes:dict)->dict: # a new one
     "A model's values at another image size; its grid is found anew, and its threshold is gone."
     params, learned = values['params'] | sizes, dict(values['learned'])
@@ -149,6 +150,7 @@ class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module, name): raise pickle.UnpicklingError(f'it asks for {module}.{name}')
     def persistent_load(self, pid): raise pickle.UnpicklingError('it asks for a persistent object')
 
+# %% ../nbs/08_store.ipynb #66a44a2c
 REFERENCE_KEYS = {'backbone.name': str, 'layers_to_extract_from': list, 'input_shape': list, 'pretrain_embed_dimension': int,
                   'target_embed_dimension': int, 'patchsize': int, 'patchstride': int, 'anomaly_scorer_num_nn': int}
 
@@ -278,6 +280,7 @@ def _read_ensemble(folder:Path, prefixes:list[str])->float|None:
         return None if values['threshold'] is None else float(values['threshold'])
     except Exception as e: raise DataError(f'{folder/ENSEMBLE} cannot be read ({why(e)}): the model is damaged, fit it again') from None
 
+# %% ../nbs/08_store.ipynb #10c17a84
 def load(
     folder:str|Path,      # of a model, ours or the reference's, single or an ensemble
     prefix:str='',        # "Ensemble-1-2_" for the first of two members alone
