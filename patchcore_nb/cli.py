@@ -153,6 +153,7 @@ def _search_device(on_gpu:bool, gpu:int):
     if device.type != 'cpu': return device
     warnings.warn('no GPU for --faiss_on_gpu: searching on the CPU')
 
+# %% ../nbs/12_cli.ipynb #19d4489d
 # What a flag of the command line is called in `PatchCore`
 _NAMES = dict(patchscore='patch_score', patchsize_aggregate='more_patchsizes', patchoverlap='stride', anomaly_scorer_num_nn='k', pretrain_embed_dimension='pretrain_dim',
               target_embed_dimension='target_dim', name='sampler', percentage='ratio', no_crop='imagesize')
@@ -168,6 +169,7 @@ def _arguments(group:dict, core:dict, sampler:dict, data:dict)->dict:
     given = {_NAMES.get(k, k) for part in (core, sampler, data) for k in part['given'] if k != 'name' or (part is sampler and sampler['name'] != 'preset')}
     return args | {k: v for k, v in PRESETS.get(group['preset'], {}).items() if k not in given}
 
+# %% ../nbs/12_cli.ipynb #49df4c66
 def layers_of(
     names:Sequence[str],  # backbones
     layers:Sequence[str], # as -le gives them
@@ -193,6 +195,7 @@ def _runtime(group:dict, core:dict, data:dict)->dict:
     return dict(weights_dir=core['weights_dir'], device=gpu, search_device=_search_device(core['faiss_on_gpu'], gpu), search_threads=workers and _threads(workers),
                 batch_size=data['batch_size'], num_workers=_threads(data['num_workers']), show=True, cache=group['cache'])
 
+# %% ../nbs/12_cli.ipynb #5554d54f
 def make_model(
     group:dict,   # flags of the command itself
     core:dict,    # of patch_core
@@ -260,6 +263,7 @@ def find_categories(
     try: return [load_category(data['name'], data['data_path'], d, seed=group['seed'], **options) for d in data['subdatasets']]
     except OSError as e: raise DataError(f"{data['data_path']} cannot be read ({e.strerror}): check the path and its permissions") from None
 
+# %% ../nbs/12_cli.ipynb #b84c2671
 def check_folders(
     loader:dict, # flags of patch_core_loader
 ):
@@ -277,6 +281,7 @@ def saved_models(
     sizes = [sizes_for(data, o) if o.test else {} for o in categories]
     return [partial(load, o, **_runtime(group, loader, data), **size) for o, size in zip(loader['patch_core_paths'], sizes*len(loader['patch_core_paths']))]
 
+# %% ../nbs/12_cli.ipynb #f18a7229
 def _once(names:Sequence[str], wanted:Sequence[str], unwanted:Sequence[str]=()):
     "Refuse parts that are missing, there several times, or that do not belong together."
     usage = f"RESULTS_PATH {' '.join(f'{o} [...]' for o in wanted)}"
@@ -290,6 +295,7 @@ def _refuse(flags:dict, names:Sequence[str], why:str):
     for o in names:
         if o in flags['given']: raise click.UsageError(f'--{o} {why}: leave it out')
 
+# %% ../nbs/12_cli.ipynb #30790d93
 def _run_saved(flags:dict, group:dict):
     "Judge saved models in a folder of their own, like a run."
     loader, data = flags['patch_core_loader'], flags['dataset']
@@ -340,6 +346,7 @@ def complain(
     print('error:', ' '.join(text.split()), file=sys.stderr)
     return 2 if isinstance(e, (click.UsageError, ArgumentError)) else 1
 
+# %% ../nbs/12_cli.ipynb #f7ea41f0
 def speak(
     command:click.Command, # to run
     name:str,              # of the program

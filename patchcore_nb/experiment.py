@@ -182,6 +182,7 @@ class Run:
     report:pd.DataFrame # a row per category and "Mean"; all figures
     done_before:int     # categories that an earlier, resumed run had finished
 
+# %% ../nbs/10_experiment.ipynb #05fbaa92
 def _fit(model:PatchCore|Ensemble, category:Category, folder:Path):
     "Fit a category, by a plan that knows of its test images too."
     for o in _members(model): o.spill_dir = o.spill_dir or folder
@@ -207,6 +208,7 @@ def _one_category(model:PatchCore|Ensemble, category:Category, folder:Path, save
     if save_model: save(model, folder/'models'/category.key, model_format)
     return figures
 
+# %% ../nbs/10_experiment.ipynb #91687553
 def search_recall(
     model:PatchCore|Ensemble, # fitted
 )->float|None: # in [0, 1]; None: the search is exact

@@ -84,6 +84,7 @@ def names_for(
         if n: stems[i] = f'{o}_{n}'; seen[stems[i].lower()] = 0
     return stems
 
+# %% ../nbs/12a_saved.ipynb #2efed264
 def write_map(
     prediction:Prediction, # of some images
     i:int,                 # which one
@@ -101,6 +102,7 @@ def write_map(
         written.append(folder/f'{name}.{ending}')
     return written
 
+# %% ../nbs/12a_saved.ipynb #8fa75035
 def predict_files(
     model:PatchCore|Ensemble, # fitted
     items:Sequence,           # paths of images
