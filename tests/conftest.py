@@ -31,3 +31,15 @@ def demo_root(tmp_path_factory)->Path: # a folder in MVTec's layout
     root = tmp_path_factory.mktemp('demo')
     for category in DEMO_CATEGORIES: make_demo(root, category)
     return root
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    "A test that would download weights fails."
+    from patchcore_nb import extractor
+    build = extractor._build
+    def local(library, name, pretrained):
+        assert not pretrained, f'{name} would be downloaded'
+        return build(library, name, pretrained)
+    monkeypatch.setattr(extractor, '_build', local)
+    monkeypatch.delenv('PATCHCORE_NB_WEIGHTS', raising=False)

@@ -40,15 +40,7 @@ TINY = {'timm:vit_tiny_patch16_224': ['blocks.3', 'blocks.5'], 'timm:deit_tiny_d
 standing = [o for o in REFERENCE if o != 'bninception']
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    "A test that would download fails."
-    build = extractor._build
-    def local(library, name, pretrained):
-        assert not pretrained, f'{name} would be downloaded'
-        return build(library, name, pretrained)
-    monkeypatch.setattr(extractor, '_build', local)
-    monkeypatch.delenv('PATCHCORE_NB_WEIGHTS', raising=False)
+pytestmark = pytest.mark.usefixtures('offline')
 
 def noise(*size, seed=0): return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 

@@ -19,15 +19,7 @@ BACKBONES = {'resnet18': {'layer2': (128, 8), 'layer3': (256, 4)}, 'wideresnet50
              'filterbank': {'layer2': None, 'layer3': None}}
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    "A test that would download fails."
-    build = extractor._build
-    def local(library, name, pretrained):
-        assert not pretrained, f'{name} would be downloaded'
-        return build(library, name, pretrained)
-    monkeypatch.setattr(extractor, '_build', local)
-    monkeypatch.delenv('PATCHCORE_NB_WEIGHTS', raising=False)
+pytestmark = pytest.mark.usefixtures('offline')
 
 @pytest.fixture(scope='module')
 def state(): return create_backbone('resnet18', 'random', seed=3).state_dict()
