@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'LIBRARIES', 'LOW', 'parse_size', 'say_size', 'container_free', 'free_memory', 'release', 'spilled', 'Load',
-           'stages', 'Plan', 'make_plan']
+           'stages', 'Plan', 'make_plan', 'Took', 'stage']
 
 # %% ../nbs/00c_memory.ipynb #cfc04bac
-import contextlib, ctypes, functools, os, re, tempfile
+import contextlib, ctypes, functools, os, re, tempfile, threading, time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -101,9 +102,10 @@ class Load:
     batch:int      # bytes that the largest batch takes on its way through the backbone
     n_test:int=0   # test images
     pixels:int=224*224 # of a map
+    n_clean:int=0  # rows of a second bank, without the strangest patches; 0: there is none
 
     @property
-    def bank(self)->int: return self.n_patches*self.dim*4 # bytes
+    def bank(self)->int: return (self.n_patches+self.n_clean)*self.dim*4 # bytes
     @property
     def memory_bank(self)->int: return self.n_kept*self.dim*4 # bytes
 
@@ -119,6 +121,7 @@ def stages(
     kept = load.memory_bank if load.n_kept < load.n_patches or where != 'memory' else 0 # else it is the bank itself
     return {'embed': dict(**always, batch=load.batch, **bank),
             'pick': dict(**always, **bank, **picking, **{'memory bank': kept}),
+            'leave out': dict(**always, **bank, **{'memory bank': load.memory_bank}, search=load.memory_bank+50*10**6),
             'judge': dict(**always, batch=load.batch, **{'memory bank': load.memory_bank}, search=load.memory_bank+50*10**6, figures=load.n_test*load.pixels*20)}
 
 # %% ../nbs/00c_memory.ipynb #4cb7b6cb
@@ -162,3 +165,28 @@ def make_plan(
     need, least = say_size(plans[-1].peak), -(-plans[-1].peak//10**7)*10
     if given: raise ArgumentError(f'a memory_budget of {say_size(most)} is too small: about {need} are needed even with the patch embeddings in a file: pass --memory_budget {least}MB, a smaller -p or a smaller --batch_size')
     raise DataError(f'{say_size(most)} of memory are free, but about {need} are needed even with the patch embeddings in a file: close other programs, pass a smaller -p or --batch_size, or pass --memory_budget {least}MB to try all the same')
+
+# %% ../nbs/00c_memory.ipynb #0a6ad5b6
+class Took(NamedTuple):
+    "What a stage of the work has cost."
+    stage:str
+    seconds:float
+    peak_mb:float # the most that the process held at a time, millions of bytes
+
+@contextlib.contextmanager
+def stage(
+    log:list, # where a `Took` is added at the end
+    name:str, # of the stage
+):
+    "Measure time and memory of what happens inside."
+    process, over, start = psutil.Process(), threading.Event(), time.perf_counter()
+    peak = [process.memory_info().rss]
+    def watch():
+        while not over.wait(.02): peak[0] = max(peak[0], process.memory_info().rss)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try: yield
+    finally:
+        over.set()
+        watcher.join()
+        log.append(Took(name, time.perf_counter()-start, max(peak[0], process.memory_info().rss)/1e6))

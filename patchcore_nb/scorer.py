@@ -102,7 +102,7 @@ def naive_maps(
     return torch.stack([torch.from_numpy(gaussian_filter(o.cpu().numpy(), sigma)) for o in up])
 
 # %% ../nbs/05_scorer.ipynb #dbb21e32
-DISTANCES:dict[str,Callable] = {'squared': lambda d: d, 'euclidean': Tensor.sqrt} # of squared distances
+DISTANCES:dict[str,Callable] = {'squared': lambda d: d, 'euclidean': Tensor.sqrt, 'cosine': lambda d: d/2} # of squared distances; for "cosine" between vectors of length 1
 
 class Scores(NamedTuple):
     "What memory says of a batch of images."
@@ -126,8 +126,9 @@ class Scorer:
         how:str='max',       # patch scores to image score: a name in `PATCH_SCORES`
         num_threads:int|None=None, # threads of the search on a CPU; None: torch's own number
         search:str='exact',  # how neighbours are found: a name in `SEARCHES`
-        distance:str='squared', # what is averaged: a name in `DISTANCES`
-    ): self.k, self.how, self.num_threads, self.search, self.distance = k, how, num_threads, search, distance
+        distance:str='squared', # what is averaged: a name in `DISTANCES`; "cosine" takes patches of length 1
+        b:int=9,             # neighbours of the neighbour, for "reweighted"
+    ): self.k, self.how, self.num_threads, self.search, self.distance, self.b = k, how, num_threads, search, distance, b
 
     def fit(self,
         memory_bank:Tensor, # (M, D) float32
@@ -139,6 +140,7 @@ class Scorer:
         if self.distance not in DISTANCES: raise unknown('distance', self.distance, DISTANCES)
         check_k(self.k, len(memory_bank))
         if not memory_bank.isfinite().all(): raise DataError('the memory bank holds NaN or infinity: check the weights and the images')
+        if self.distance == 'cosine' and (memory_bank.norm(dim=1)-1).abs().max() > 1e-3: raise ArgumentError('distance cosine is for patches of length 1: normalise them, as PatchCore does, or pass euclidean')
         self.bank_ = memory_bank
         with limit_threads(self.num_threads): self.search_ = SEARCHES[self.search]().fit(memory_bank)
         return self
@@ -155,5 +157,5 @@ class Scorer:
         scores = image_scores(patch_scores, self.how)
         if self.how == 'reweighted':
             worst = patch_scores.flatten(1).argmax(1)+torch.arange(b, device=q.device)*h*w # (B,) rows of q
-            scores = reweight(scores, q[worst], idxs[worst, 0], self.bank_, search=self.search_)
+            scores = reweight(scores, q[worst], idxs[worst, 0], self.bank_, self.b, self.search_)
         return Scores(scores, patch_scores, rearrange(idxs[:, 0], '(b h w) -> b h w', b=b, h=h))
