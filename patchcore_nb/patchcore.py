@@ -24,7 +24,7 @@ from .cache import Cache, code_state, digest_image, digest_tensors
 from .core import *
 from .core import unknown
 from .data import Category, Preprocess, Sample, TURNS, batches, check_split, hold_out, image_size, list_images, read_ahead, to_original
-from .evaluation import conformal_threshold, images_needed
+from .thresholds import conformal_threshold, images_needed
 from .extractor import Extractor, create_backbone, map_shapes, split_seed
 from .backbones import reference_name # which fills the table of names
 from .filterbank import FilterBank # which registers itself
