@@ -22,6 +22,8 @@ _WHERE = {
     'samplers': 'SAMPLERS coreset register_sampler',
     'scorer': 'Scorer',
     'evaluation': 'evaluate',
+    'intervals': '',
+    'thresholds': '',
     'patchcore': 'PatchCore Prediction',
     'ensemble': 'Ensemble',
     'presets': 'PRESETS preset',

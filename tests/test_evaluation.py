@@ -1,7 +1,6 @@
 "Evaluation against scikit-learn, against its own slow twins, and against itself turned round, on inputs that hypothesis thinks up."
 import os
-from fractions import Fraction
-from math import floor, isinf, isnan
+from math import isnan
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,8 @@ from hypothesis.extra import numpy as hnp
 from sklearn import metrics
 
 from patchcore_nb.core import ArgumentError
-from patchcore_nb.evaluation import (aupro, aupro_regions, auroc, auroc_pairs, average_precision, conformal_threshold, counts, evaluate, f1max,
-                                     images_needed, pro_curve, region_weights, roc_curve)
+from patchcore_nb.evaluation import (aupro, aupro_regions, auroc, auroc_pairs, average_precision, counts, evaluate, f1max, pro_curve,
+                                     region_weights, roc_curve)
 
 FEW = st.integers(-3, 3).map(float)                               # full of ties
 ANY = st.floats(-1e6, 1e6, allow_nan=False)
@@ -134,24 +133,6 @@ def test_evaluate_agrees_with_its_parts(x):
     assert list(got.values()) == pytest.approx(list(want.values()), abs=1e-12, nan_ok=True)
 
 
-@tried(st.lists(st.one_of(FEW, ANY), min_size=2, max_size=60), st.integers(1, 99))
-def test_conformal_threshold_keeps_its_promise(scores, percent):
-    "Each score in turn as the next one: of n, at most floor(n alpha) ring, which is the proof."
-    n, alpha = len(scores), percent/100
-    rang = sum(s > conformal_threshold(scores[:i]+scores[i+1:], alpha) for i, s in enumerate(scores))
-    assert rang <= floor(n*Fraction(percent, 100))
-
-
-@pytest.mark.parametrize('percent', range(1, 100))
-def test_conformal_threshold_is_no_stricter_than_it_must_be(percent):
-    alpha, n = percent/100, 100
-    scores = np.random.default_rng(percent).permutation(n)
-    assert sum(scores[i] > conformal_threshold(np.delete(scores, i), alpha) for i in range(n)) == percent
-    enough = max(images_needed(alpha), 1)
-    assert not isinf(conformal_threshold(scores[:enough], alpha))
-    assert enough == 1 or isinf(conformal_threshold(scores[:enough-1], alpha))
-
-
 @tried(scored(both=False), st.sampled_from([np.nan, np.inf, -np.inf]), st.data())
 def test_one_bad_score_is_told(x, bad, data):
     scores, labels = x
@@ -172,15 +153,6 @@ def test_pixels_by_the_hundred_thousand_agree_with_scikit_learn():
         assert got['pixel_auroc'] == pytest.approx(metrics.roc_auc_score(masks.ravel(), m.ravel()), abs=1e-9)
         assert got['anomaly_pixel_auroc'] == pytest.approx(metrics.roc_auc_score(masks[:7].ravel(), m[:7].ravel()), abs=1e-9)
         assert got['pixel_ap'] == pytest.approx(metrics.average_precision_score(masks.ravel(), m.ravel()), abs=1e-9)
-
-
-def test_thresholds_of_uniform_scores_follow_the_beta_law():
-    from scipy import stats
-    n, alpha, rng = 60, 0.1, np.random.default_rng(0)
-    rates = [1-conformal_threshold(rng.random(n), alpha) for _ in range(1000)]
-    may = floor((n+1)*Fraction('0.1'))
-    assert stats.kstest(rates, stats.beta(may, n+1-may).cdf).pvalue > 0.01
-    assert np.mean(rates) < alpha
 
 
 @pytest.mark.skipif('PATCHCORE_NB_TESTDATA' not in os.environ, reason='PATCHCORE_NB_TESTDATA does not say where the golden results are')
