@@ -6,6 +6,7 @@
 __all__ = ['min_max', 'bank_unit', 'EnsemblePrediction', 'combine', 'Ensemble']
 
 # %% ../nbs/07a_ensemble.ipynb #c2b505a9
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
@@ -14,11 +15,13 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from .cache import digest_image
 from .core import *
 from .memory import Plan
-from .patchcore import PatchCore, Prediction, as_items, pick_threshold
+from .patchcore import PatchCore, Prediction, as_items
 from .scorer import DISTANCES
 from .search import nearest_neighbours
+from .thresholds import Calibration, calibrate
 
 # %% ../nbs/07a_ensemble.ipynb #7ff7917f
 def min_max(
@@ -55,11 +58,11 @@ class EnsemblePrediction(Prediction):
 def combine(
     members:Sequence[Prediction], # of the same images
     units:Sequence[float],        # of each member
-    threshold:float|None=None,    # for the combined scores
+    calibration:Calibration|None=None, # what the combined scores are held against
 )->EnsemblePrediction:
     "The mean over members, each in its own unit."
     scores, maps = (sum(getattr(o, k)/u for o, u in zip(members, units))/len(members) for k in ('image_scores', 'anomaly_maps'))
-    return EnsemblePrediction(members[0].images, scores, maps, None, None, members[0].preprocess, threshold, list(members))
+    return EnsemblePrediction(members[0].images, scores, maps, None, None, members[0].preprocess, calibration, list(members))
 
 # %% ../nbs/07a_ensemble.ipynb #1760df75
 class Ensemble:
@@ -73,10 +76,20 @@ class Ensemble:
 
     def _settle(self):
         "Find the members' units."
-        sizes = {o.preprocess_.size for o in self.models}
-        if len(sizes) > 1: raise ArgumentError(f'the members see images of different sizes ({", ".join(map(str, sorted(sizes)))}): give all the same resize and imagesize')
+        self._check_sizes()
+        self.banks_ = [o.memory_bank_ for o in self.models]
         self.units_ = [bank_unit(o.memory_bank_, o.distance) for o in self.models]
-        self.preprocess_, self.threshold_ = self.models[0].preprocess_, None
+        self.preprocess_, self.calibration_ = self.models[0].preprocess_, None
+
+    def _check_sizes(self):
+        "Refuse members that see different parts of an image, since their maps are added."
+        sizes = sorted({str(o.preprocess_) for o in self.models})
+        if len(sizes) > 1: raise ArgumentError(f'the members see images of different sizes ({"; ".join(sizes)}): give all the same resize and imagesize')
+
+    @property
+    def threshold_(self)->float|None:
+        "Combined scores above it are called anomalous; None: there is none."
+        return self.calibration_ and self.calibration_.threshold
 
     def __len__(self): return len(self.models)
     def __repr__(self): return 'Ensemble(\n  '+',\n  '.join(map(repr, self.models))+')'
@@ -91,7 +104,16 @@ def check(self:Ensemble,
         twins = [p for p in self.models[:i] if p.backbone == o.backbone]
         if twins: o._borrow(twins[-1])
         o.check(images)
+    self._check_sizes()
     self.preprocess_ = self.models[0].preprocess_
+    return self
+
+@patch
+def refresh(self:Ensemble)->'Ensemble': # itself
+    "Find the units anew if a member has learned or forgotten something since; the threshold is gone then."
+    if all(a.memory_bank_ is b for a, b in zip(self.models, self.banks_)): return self
+    if self.threshold_ is not None: warnings.warn('a member of this ensemble has changed since its threshold was found: the ensemble has none now')
+    self._settle()
     return self
 
 @patch
@@ -114,8 +136,24 @@ def fit(self:Ensemble,
     "Fit each member."
     for o, p in zip(self.models, plan or [None]*len(self)): o.fit(images, plan=p)
     self._settle()
-    if held := self.models[0].held_: self.threshold_ = pick_threshold(self.predict(held).image_scores, self.models[0].false_alarms)
+    self._calibrate_threshold()
     return self
+
+@patch
+def _calibrate_threshold(self:Ensemble):
+    "Find the threshold of the combined scores: from images that no member has seen, else from those that were left out of each in turn."
+    first, held, left = self.models[0], self._held_by_all(), [o.left_out_ for o in self.models]
+    if not first.false_alarms: return
+    if held: scores, maps = (lambda p: (p.image_scores, p.anomaly_maps))(self.predict(held))
+    elif any(o is None or not o.numbers.equal(left[0].numbers) for o in left): return
+    else: scores, maps = (sum(x/u for x, u in zip(o, self.units_))/len(self) for o in ([o.image_scores for o in left], [m.make_maps(o.patch_scores) for m, o in zip(self.models, left)]))
+    self.calibration_ = calibrate(scores, maps.amax((1, 2)), first.false_alarms, first.confidence, bool(held))
+
+@patch
+def _held_by_all(self:Ensemble)->list:
+    "Images that every member has held out, and none remembers."
+    rest = [{digest_image(x) for x in o.held_ or []} for o in self.models[1:]]
+    return [x for x in self.models[0].held_ or [] if all(digest_image(x) in o for o in rest)]
 
 @patch
 def predict(self:Ensemble,
@@ -124,4 +162,5 @@ def predict(self:Ensemble,
     "Score images."
     if not hasattr(self, 'units_'): raise ArgumentError('this Ensemble remembers nothing yet: call fit with good images first')
     items = as_items(images)
-    return combine([o.predict(items) for o in self.models], self.units_, self.threshold_)
+    self.refresh()
+    return combine([o.predict(items) for o in self.models], self.units_, self.calibration_)

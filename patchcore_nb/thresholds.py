@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PROMISES', 'naive_rank', 'threshold_rank', 'images_needed', 'conformal_threshold', 'rate_law', 'confidence_reached',
-           'expected_alarms', 'naive_p_values', 'p_values', 'Calibration', 'keep_calibration', 'calibrate']
+           'expected_alarms', 'naive_p_values', 'p_values', 'Calibration', 'calibrate', 'read_calibration']
 
 # %% ../nbs/06c_thresholds.ipynb #1e8c990f
 import warnings
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from math import ceil, comb, floor, log, log1p
 
@@ -126,23 +126,23 @@ PROMISES = dict(
     approximate='Each remembered image was scored with itself left out: about the chosen share of good images will ring, and nothing is guaranteed.',
 )
 
-@dataclass(eq=False)
+@dataclass
 class Calibration:
-    "The scores that set a threshold, and what it promises."
-    scores:np.ndarray           # (n,) float32 or float64, ascending
-    peaks:np.ndarray|None=None  # (n,) the highest value of each image's map, in the order of `scores`; None: no maps
-    promise:str|None=None       # a key of `PROMISES`; None: too few images for a threshold
+    "What scores are held against: those of good images, the thresholds that follow from them, and what these promise."
+    scores:list[float]              # (n,) of good images, ascending
+    peaks:list[float]|None=None     # (n,) the highest value of each one's map, in the order of `scores`; None: no maps
+    promise:str|None=None           # a key of `PROMISES`; None: too few images for a threshold
+    threshold:float|None=None       # image scores above it ring
+    map_threshold:float|None=None   # if any pixel of a map is above it, its image rings
 
-def keep_calibration(
-    good_scores,           # (n,)
-    peaks=None,            # (n,) the highest value of each image's map; default: no maps
-    promise:str|None=None, # as `calibrate` returned it
-)->Calibration:
-    "The calibration as a model keeps it, lowest score first."
-    scores, peaks = _pair(good_scores, peaks)
-    if promise is not None and promise not in PROMISES: raise ArgumentError(f'promise must be one of {", ".join(PROMISES)} or None, got {promise!r}: pass what calibrate returned')
-    order = scores.argsort(kind='stable')
-    return Calibration(scores[order], None if peaks is None else peaks[order], promise)
+    def __len__(self): return len(self.scores)
+    def __repr__(self): return f'Calibration of {len(self)} images, {self.promise or "too few"}: threshold {self.threshold}, of maps {self.map_threshold}'
+
+    def p_values(self,
+        scores, # (m,)
+    )->np.ndarray: # (m,) in [1/(n+1), 1]
+        "How often a good image scores as high or higher."
+        return p_values(scores, self.scores)
 
 def _pair(good_scores, peaks)->tuple[np.ndarray, np.ndarray|None]:
     "Scores and peaks of the same images, fit to be ranked."
@@ -171,11 +171,21 @@ def calibrate(
     alpha:float=0.05,           # target false-alarm rate, in (0, 1)
     confidence:float|None=0.9,  # that the true rate keeps it, in (0, 1); None: it does on average
     held_out:bool=True,         # unseen by the model; False: each scored with itself left out
-)->tuple[float|None,float|None,str|None]: # thresholds of image scores and of maps, None where there is none; a key of `PROMISES`, None without a threshold
+)->Calibration:
     "The best threshold that these images allow, and what it promises."
     scores, peaks = _pair(good_scores, peaks)
-    promise = _promise(scores.size, alpha, confidence, held_out)
-    if promise is None: return None, None, None
+    promise, order = _promise(scores.size, alpha, confidence, held_out), scores.argsort(kind='stable')
     sure = confidence if promise == 'confidence' else None
-    threshold, of_map = (None if o is None else conformal_threshold(o, alpha, sure) for o in (scores, peaks))
-    return threshold, of_map, promise
+    limits = (None if o is None or promise is None else conformal_threshold(o, alpha, sure) for o in (scores, peaks))
+    return Calibration(scores[order].tolist(), None if peaks is None else peaks[order].tolist(), promise, *limits)
+
+def read_calibration(
+    plain, # what `vars(calibration)` gave, from a file that may hold anything
+)->Calibration:
+    "The calibration of a saved model."
+    if not isinstance(plain, dict) or set(plain) != {o.name for o in fields(Calibration)}: raise ArgumentError(f'a calibration must have the entries {", ".join(o.name for o in fields(Calibration))}, got {plain!r:.80}')
+    if plain['promise'] not in (None, *PROMISES): raise ArgumentError(f'promise must be one of {", ".join(PROMISES)} or None, got {plain["promise"]!r}')
+    scores, peaks = _pair(plain['scores'], plain['peaks'])
+    limits = [None if (o := plain[k]) is None else float(_finite(np.array([o]), k)[0]) for k in ('threshold', 'map_threshold')]
+    if (plain['promise'] is None) != (limits[0] is None): raise ArgumentError(f"a threshold comes with a promise, got threshold {limits[0]} and promise {plain['promise']}")
+    return Calibration(scores.tolist(), None if peaks is None else peaks.tolist(), plain['promise'], *limits)
