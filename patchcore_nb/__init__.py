@@ -27,6 +27,7 @@ _WHERE = {
     'presets': 'PRESETS preset',
     'store': 'load save',
     'plots': '',
+    'report': 'render section',
     'experiment': 'run sweep',
     'cli': '',
     'saved': '',

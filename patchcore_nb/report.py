@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SIDE', 'ENGLISH', 'CHINESE', 'TEXTS', 'RATES', 'TEMPLATES', 'SUMMARY', 'ABOUT', 'thin', 'category_curves', 'data_url',
            'squares', 'framed', 'scores_by_kind', 'worth_a_look', 'match', 'matches', 'threshold_facts', 'model_facts',
-           'suspect_pictures', 'section', 'texts', 'figure_name', 'figure_text', 'svg_curve', 'svg_histogram',
-           'svg_strip', 'render']
+           'suspect_pictures', 'section', 'texts', 'figure_name', 'number', 'figure_text', 'share', 'svg_curve',
+           'is_skewed', 'svg_histogram', 'svg_strip', 'render']
 
 # %% ../nbs/09a_report.ipynb #f3cf78a0
 import base64, io, warnings
@@ -92,7 +92,7 @@ def data_url(
     "A picture of at most `SIDE` pixels a side, written into the page itself."
     im = to_pil(image)
     if max(im.size) > SIDE: im = im.resize(_small(im.size), Image.Resampling.LANCZOS)
-    im.save(file := io.BytesIO(), 'jpeg', quality=80, subsampling=0, optimize=True)
+    im.save(file := io.BytesIO(), 'jpeg', quality=75, optimize=True)
     return 'data:image/jpeg;base64,' + base64.b64encode(file.getvalue()).decode('ascii')
 
 def squares(
@@ -214,7 +214,7 @@ def threshold_facts(
     prediction:Prediction,    # of this model
 )->dict|None: # value, map (of pixels; None: none), promise, rate (of false alarms that was wanted); None: there is no threshold
     "What there is to say of a threshold."
-    if prediction.threshold is None: return None
+    if prediction.threshold is None or not np.isfinite(prediction.threshold): return None
     return dict(value=_plain(prediction.threshold), map=_plain(getattr(prediction, 'map_threshold', None)), promise=getattr(prediction, 'promise', None) or 'average',
                 rate=_plain(_members(model)[0].false_alarms))
 
@@ -277,22 +277,22 @@ def section(
 # %% ../nbs/09a_report.ipynb #edc38748
 ENGLISH = dict(
     tag='en', title='PatchCore report', run='The run', command='Command', date='Date', device='Device', versions='Versions', settings='Settings',
-    summary='Summary', category='Category', mean='Mean', interval='95% interval', figure='Figure', value='Value', back='Back to the summary',
+    summary='Summary', category='Category', mean='Mean', interval='95% interval', figures='Figures', figure='Figure', value='Value', gap=' ', stop='. ', back='Back to the summary',
     summary_note='Figures of the test images, from 0 to 1; false alarms and missed are shares at the threshold.',
     interval_note='Small numbers are 95% intervals.', limit_note='AUPRO is taken up to a false positive rate of {limit:g}.',
     made_of='{train:,} training images of {h} × {w} pixels as the network sees them. {good:,} good and {defective:,} defective test images.',
-    remembers='Memory bank of {patches:,} patches.', remembers_of='Memory bank of {patches:,} of {of:,} patches.', radius='Cover radius {radius:.4g}.',
+    remembers='Memory bank of {patches:,} patches.', remembers_of='Memory bank of {patches:,} of {of:,} patches.', radius='Cover radius {radius}.',
     figure_image_auroc='image AUROC', figure_image_ap='image AP', figure_image_f1max='image F1max', figure_pixel_auroc='pixel AUROC',
     figure_anomaly_pixel_auroc='pixel AUROC, defective images', figure_pixel_ap='pixel AP', figure_pixel_f1max='pixel F1max', figure_aupro='AUPRO',
     figure_threshold='threshold', figure_map_threshold='threshold of pixels', figure_false_alarms='false alarms', figure_missed='missed', figure_search_recall='search recall',
     scores='Image scores', image_score='image score', images='images', good='good', defective='defective',
-    threshold='Threshold', threshold_is='Images that score above {value:.4g} are called anomalous.', map_threshold_is='Pixels above {value:.4g} are marked.',
+    threshold='Threshold', threshold_is='Images that score above {value} are called anomalous.', map_threshold_is='Pixels above {value} are marked.',
     no_threshold='This model has no threshold, since no good images were held out to set one. There are no verdicts.',
     promise_confidence='The promise holds with confidence: for nearly all samples of held-out images, the rate of false alarms stays at or below {rate:.3g}%, as long as the parts to come are of the same kind.',
     promise_average='The promise is an average: over many samples of held-out images, the rate of false alarms stays at or below {rate:.3g}%. This is one sample, and its own rate may be higher or lower.',
     promise_approximate='This threshold is an estimate that promises nothing: it aims at {rate:.3g}% false alarms, and should be checked on good images that the model has not seen.',
     false_alarms='False alarms: {k:,} of {n:,} good test images.', missed='Missed: {k:,} of {n:,} defective test images.',
-    kinds='By kind', kind='Kind', rang='False alarms', missed_column='Missed', of='{k:,} of {n:,}', kinds_note='A stroke for each image, on one axis from {low:.4g} to {high:.4g}.', line_note='The line is the threshold.',
+    kinds='By kind', kind='Kind', rang='False alarms', missed_column='Missed', of='{k:,} of {n:,}', kinds_note='A stroke for each image, on one axis from {low} to {high}.', log_note='The axis is logarithmic.', line_note='The line is the threshold.',
     curves='Curves', roc='ROC curve', fpr='false positive rate', tpr='true positive rate', pro='PRO curve', overlap='per-region overlap', limit='limit {limit:g}',
     roc_note='The share of what is defective that is found, against the share of what is good that rings.', pro_note='The mean share of a defective region that is found. AUPRO is the shaded area, as a share of what it could be.',
     pictures='Images', picture_note='Image, mask, map and overlay. All on one scale of colours:', image='image', mask='mask', map='map', overlay='overlay', no_mask='no mask',
@@ -307,22 +307,22 @@ ENGLISH = dict(
 # %% ../nbs/09a_report.ipynb #45ed9b9c
 CHINESE = dict(
     tag='zh-CN', title='PatchCore 异常检测报告', run='运行信息', command='命令行', date='日期', device='设备', versions='版本', settings='参数设置',
-    summary='结果汇总', category='类别', mean='平均', interval='95% 置信区间', figure='指标', value='数值', back='返回汇总',
+    summary='结果汇总', category='类别', mean='平均', interval='95% 置信区间', figures='指标', figure='指标', value='数值', gap='', stop='。', back='返回汇总',
     summary_note='各项指标均在测试图像上计算，取值 0 到 1；误报率与漏检率按阈值统计。',
     interval_note='小号数字为 95% 置信区间。', limit_note='AUPRO 的假阳性率上限为 {limit:g}。',
     made_of='训练图像 {train:,} 张，网络输入尺寸 {h} × {w} 像素。测试图像中正常 {good:,} 张，缺陷 {defective:,} 张。',
-    remembers='记忆库含 {patches:,} 个图像块特征。', remembers_of='记忆库从 {of:,} 个图像块特征中保留 {patches:,} 个。', radius='覆盖半径 {radius:.4g}。',
+    remembers='记忆库含 {patches:,} 个图像块特征。', remembers_of='记忆库从 {of:,} 个图像块特征中保留 {patches:,} 个。', radius='覆盖半径 {radius}。',
     figure_image_auroc='图像级 AUROC', figure_image_ap='图像级 AP', figure_image_f1max='图像级 F1max', figure_pixel_auroc='像素级 AUROC',
     figure_anomaly_pixel_auroc='像素级 AUROC（仅缺陷图像）', figure_pixel_ap='像素级 AP', figure_pixel_f1max='像素级 F1max', figure_aupro='AUPRO',
     figure_threshold='阈值', figure_map_threshold='像素阈值', figure_false_alarms='误报率', figure_missed='漏检率', figure_search_recall='近邻检索召回率',
     scores='图像异常分数', image_score='图像异常分数', images='图像数', good='正常', defective='缺陷',
-    threshold='阈值', threshold_is='异常分数高于 {value:.4g} 的图像判为异常。', map_threshold_is='高于 {value:.4g} 的像素会被标出。',
+    threshold='阈值', threshold_is='异常分数高于 {value} 的图像判为异常。', map_threshold_is='高于 {value} 的像素会被标出。',
     no_threshold='该模型没有阈值：训练时未留出正常图像用于校准，因此不给出判定。',
     promise_confidence='该阈值有置信保证：对几乎所有可能的留出样本，误报率都不超过 {rate:.3g}%，前提是今后的产品与留出图像同分布。',
     promise_average='该阈值为平均意义上的保证：对多次留出取平均，误报率不超过 {rate:.3g}%。这里只是其中一次留出，实际误报率可能略高或略低。',
     promise_approximate='该阈值只是估计值，没有保证：以 {rate:.3g}% 的误报率为目标，使用前请在模型未见过的正常图像上验证。',
     false_alarms='误报：{n:,} 张正常测试图像中有 {k:,} 张。', missed='漏检：{n:,} 张缺陷测试图像中有 {k:,} 张。',
-    kinds='按缺陷类型统计', kind='类型', rang='误报', missed_column='漏检', of='{k:,} / {n:,}', kinds_note='每条短线代表一张图像，横轴统一为 {low:.4g} 到 {high:.4g}。', line_note='竖线为阈值。',
+    kinds='按缺陷类型统计', kind='类型', rang='误报', missed_column='漏检', of='{k:,} / {n:,}', kinds_note='每条短线代表一张图像，横轴统一为 {low} 到 {high}。', log_note='横轴为对数刻度。', line_note='竖线为阈值。',
     curves='曲线', roc='ROC 曲线', fpr='假阳性率', tpr='真阳性率', pro='PRO 曲线', overlap='区域重叠率', limit='上限 {limit:g}',
     roc_note='随着误报比例增加，被检出的缺陷所占的比例。', pro_note='各缺陷区域被检出比例的平均值。AUPRO 为阴影部分面积与其最大可能值之比。',
     pictures='图像', picture_note='依次为原图、真值掩码、异常图和叠加图，使用统一的颜色标尺：', image='原图', mask='真值掩码', map='异常图', overlay='叠加图', no_mask='无掩码',
@@ -351,17 +351,23 @@ def figure_name(
     "What a figure is called."
     return t.get(f'figure_{name}', name.replace('_', ' '))
 
-RATES = 'false_alarms', 'missed', 'search_recall'
+RATES = dict(false_alarms=1, missed=1, search_recall=3) # and their decimals, in percent
+
+def number(
+    v:float, # any
+)->str: # four digits, more where the number is large
+    "How a score is written."
+    return f'{v:,.0f}' if 1000 <= abs(v) < 1e9 else f'{v:.4g}'
 
 def figure_text(
     name:str,         # as in the results
     value:float|None, # None: there is none
 )->str: # four decimals; rates in percent, thresholds in four digits; a dash for None
     "How a figure is written."
-    if value is None or isinstance(value, float) and np.isnan(value): return '–'
-    if isinstance(value, str): return value
-    if name in RATES: return f'{100*value:.4g}%'
-    return f'{value:.4g}' if 'threshold' in name or isinstance(value, int) or not 0 <= value <= 1 else f'{value:.4f}'
+    if value is None or isinstance(value, str): return value or '–'
+    if np.isnan(value): return '–'
+    if name in RATES: return f'{100*value:.{RATES[name]}f}%'
+    return number(value) if 'threshold' in name or isinstance(value, int) or not 0 <= value <= 1 else f'{value:.4f}'
 
 # %% ../nbs/09a_report.ipynb #b8c900b3
 TEMPLATES:dict[str,str] = {} # name -> Jinja
@@ -376,7 +382,7 @@ def _written(name:str, **values)->str: return _environment().get_template(name).
 # %% ../nbs/09a_report.ipynb #0b364d56
 TEMPLATES['chart'] = '''
 {% macro frame(c) %}
-<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {{ c.w }} {{ c.h }}" role="img" aria-label="{{ c.title }}" style="font:11px system-ui,sans-serif;font-variant-numeric:tabular-nums" fill="currentColor">
+<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {{ c.w }} {{ c.h }}" role="img" aria-label="{{ c.title }}" style="font-size:11px;font-variant-numeric:tabular-nums" fill="currentColor">
 <title>{{ c.title }}</title>
 <g style="stroke:var(--line,#dde1e6)">{% for y, text in c.yticks %}<path d="M{{ c.left }} {{ y }}H{{ c.right }}"/>{% endfor %}</g>
 <g style="fill:var(--soft,#667)">
@@ -391,16 +397,29 @@ TEMPLATES['chart'] = '''
 {% endmacro %}
 '''
 
-def _ticks(low:float, high:float, at, n:int=5)->list[tuple[float,str]]: # (pixel, text)
-    "Round numbers between two values, with their places."
-    return [(round(float(at(v)), 1), f'{v:g}') for v in MaxNLocator(n, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high) if low <= v <= high]
+def share(
+    v,                      # values
+    span:tuple[float,float], # of the axis
+    log:bool=False,         # is it logarithmic?
+)->np.ndarray: # in [0, 1] within the span
+    "Where values lie on an axis."
+    v, (low, high) = np.asarray(v, np.float64), span
+    return np.log(v/low)/np.log(high/low) if log else (v-low)/(high-low)
 
-def _chart(xs:tuple[float,float], ys:tuple[float,float], title:str, xlabel:str, ylabel:str, top:int=12)->tuple[dict,object,object]: # for the template; value -> pixel, for x and y
+def _ticks(low:float, high:float, at, log:bool=False)->list[tuple[float,str]]: # (pixel, text)
+    "Round numbers between two values, with their places."
+    values = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    if log:
+        tens = 10.**np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high))+1)
+        values = tens if high > 1000*low else np.outer(tens, [1, 2, 5]).ravel()
+    return [(round(float(at(v)), 1), f'{v:,g}') for v in values if low <= v <= high]
+
+def _chart(xs:tuple[float,float], ys:tuple[float,float], title:str, xlabel:str, ylabel:str, top:int=12, log:bool=False)->tuple[dict,object,object]: # for the template; value -> pixel, for x and y
     "The frame of a chart: what is where."
     w, h, left, right, base = 360, 250, 46, 348, 206
-    def x(v): return left+(np.asarray(v, float)-xs[0])/(xs[1]-xs[0])*(right-left)
-    def y(v): return base-(np.asarray(v, float)-ys[0])/(ys[1]-ys[0])*(base-top)
-    return dict(w=w, h=h, left=left, right=right, top=top, base=base, title=title, xlabel=xlabel, ylabel=ylabel, xticks=_ticks(*xs, x), yticks=_ticks(*ys, y)), x, y
+    def x(v): return left+share(v, xs, log)*(right-left)
+    def y(v): return base-share(v, ys)*(base-top)
+    return dict(w=w, h=h, left=left, right=right, top=top, base=base, title=title, xlabel=xlabel, ylabel=ylabel, xticks=_ticks(*xs, x, log), yticks=_ticks(*ys, y)), x, y
 
 def _path(x, y)->str: return 'M'+'L'.join(f'{a:.1f} {b:.1f}' for a, b in zip(x, y))
 
@@ -433,7 +452,7 @@ def svg_curve(
     c, x, y = _chart((0, 1), (0, 1), title, xlabel, ylabel)
     drawn, bound = [], None
     for i, (name, (xs, ys)) in enumerate(lines.items()):
-        drawn.append(dict(name=name, path=_path(x(xs), y(ys)), colour=('--good,#4477aa', '--bad,#c04a5a')[i % 2], dash=i > 0))
+        drawn.append(dict(name=name, path=_path(x(xs), y(ys)), colour=('--good,#4477aa', '--other,#b26a00')[i % 2], dash=i > 0))
     if limit and lines:
         xs, ys = (np.asarray(o, float) for o in next(iter(lines.values())))
         inside = xs <= limit[0]
@@ -463,6 +482,12 @@ def _span(values:Sequence[float])->tuple[float,float]:
     low, high = min(values, default=0.), max(values, default=1.)
     return (low, high) if high > low else (low-.5, low+.5)
 
+def is_skewed(
+    values:Sequence[float], # scores
+)->bool:
+    "Would a few of the values leave no room for all the others?"
+    return bool(len(values) and min(values) > 0 and max(values) > 8*np.median(values))
+
 def svg_histogram(
     groups:dict[str,Sequence[float]], # name -> image scores; the first group is blue, the second red
     threshold:float|None=None,        # drawn as a line; None: not drawn
@@ -470,12 +495,13 @@ def svg_histogram(
     title:str='',                     # for those who cannot see it
     xlabel:str='', ylabel:str='',     # of the axes
 )->str: # an `<svg>`
-    "Histogram of scores by label."
-    values = [v for o in groups.values() for v in o]
-    low, high = _span([*values, *([] if threshold is None else [threshold])])
-    edges = np.linspace(low, high, min(30, max(8, len(values)//3))+1)
+    "Histogram of scores by label; logarithmic where they are skewed."
+    values = [v for o in groups.values() for v in o] + ([] if threshold is None else [threshold])
+    (low, high), log = _span(values), is_skewed(values)
+    edges = (np.geomspace if log else np.linspace)(low, high, min(30, max(8, len(values)//3))+1)
+    edges[[0, -1]] = low, high # to the last bit
     bars = {k: np.histogram(o, edges)[0] for k, o in groups.items()}
-    c, x, y = _chart((low, high), (0, max([1, *(b.max() for b in bars.values())])*1.05), title, xlabel, ylabel, top=42)
+    c, x, y = _chart((low, high), (0, max([1, *(b.max() for b in bars.values())])*1.05), title, xlabel, ylabel, 42, log)
     c['yticks'], drawn = [o for o in c['yticks'] if '.' not in o[1]], []
     for i, (name, o) in enumerate(groups.items()):
         px, py = x(edges).repeat(2), [c['base'], *y(bars[name]).repeat(2), c['base']]
@@ -500,18 +526,19 @@ def svg_strip(
     threshold:float|None=None, # drawn as a line; None: not drawn
     defective:bool=True,      # red, or blue?
     title:str='',             # for those who cannot see it
+    log:bool=False,           # a logarithmic axis?
 )->str: # an `<svg>`
     "A stroke for each image."
-    def x(v): return f'{2+176*(v-span[0])/(span[1]-span[0]):.1f}'
+    def x(v): return f'{2+176*share(v, span, log):.1f}'
     return _written('strip', strokes=''.join(f'M{x(v)} 3v10' for v in scores), colour='--bad,#c04a5a' if defective else '--good,#4477aa', at=None if threshold is None else x(threshold), title=title)
 
 # %% ../nbs/09a_report.ipynb #db832991
 TEMPLATES['css'] = '''
-:root{--bg:#fff;--ink:#1c2126;--soft:#5c6670;--line:#dfe3e7;--panel:#f5f7f8;--good:#33689c;--bad:#c0394b;color-scheme:light}
-@media screen and (prefers-color-scheme:dark){:root{--bg:#15191d;--ink:#e3e7ea;--soft:#98a3ad;--line:#2d343b;--panel:#1c2126;--good:#82b4e0;--bad:#f58b96;color-scheme:dark}}
+:root{--bg:#fff;--ink:#1c2126;--soft:#5c6670;--line:#dfe3e7;--panel:#f5f7f8;--good:#33689c;--bad:#c0394b;--other:#a8650a;color-scheme:light}
+@media screen and (prefers-color-scheme:dark){:root{--bg:#15191d;--ink:#e3e7ea;--soft:#98a3ad;--line:#2d343b;--panel:#1c2126;--good:#82b4e0;--bad:#f58b96;--other:#e2b265;color-scheme:dark}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
-body{margin:0 auto;max-width:66rem;padding:2.5rem 1.5rem 4rem;background:var(--bg);color:var(--ink);font:15px/1.55 system-ui,-apple-system,"Segoe UI","Noto Sans","PingFang SC","Hiragino Sans GB","Microsoft YaHei","Noto Sans CJK SC",sans-serif}
+body{margin:0 auto;max-width:66rem;padding:2.5rem 1.5rem 4rem;background:var(--bg);color:var(--ink);font:15px/1.55 -apple-system,BlinkMacSystemFont,"Segoe UI",Roboto,"Noto Sans",Ubuntu,Cantarell,"Helvetica Neue",Arial,"PingFang SC","Hiragino Sans GB","Microsoft YaHei","Noto Sans CJK SC",sans-serif}
 h1{font-size:1.75rem;line-height:1.2;margin:0 0 .3rem;font-weight:650;letter-spacing:-.01em}
 h2{font-size:1.35rem;line-height:1.25;margin:0 0 .4rem;font-weight:650;overflow-wrap:anywhere}
 h3{font-size:1rem;margin:2.2rem 0 .5rem;font-weight:650}
@@ -523,11 +550,12 @@ header,section{margin-bottom:3rem}
 section{border-top:1px solid var(--line);padding-top:1.6rem}
 .wide{overflow-x:auto;margin:.6rem 0}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums lining-nums}
-th,td{padding:.34rem 0 .34rem 1.5rem;text-align:right;vertical-align:baseline;border-bottom:1px solid var(--line);white-space:nowrap}
+th,td{padding:.28rem 0 .28rem 1.5rem;text-align:right;vertical-align:baseline;border-bottom:1px solid var(--line);white-space:nowrap}
 th{font-weight:600}
-thead th{color:var(--soft);font-weight:500;font-size:.82rem;vertical-align:bottom;white-space:normal;max-width:8.5rem}
+thead th{color:var(--soft);font-weight:500;font-size:.82rem;vertical-align:bottom;white-space:normal;word-break:keep-all;max-width:9.5rem}
 th:first-child,td:first-child{text-align:left;padding-left:0;padding-right:.5rem;position:sticky;left:0;background:var(--bg)}
-tbody th{font-weight:400}
+thead th::first-letter{text-transform:uppercase}
+tbody th{font-weight:400;white-space:normal;overflow-wrap:break-word;max-width:14rem}
 .mean th,.mean td{font-weight:650;border-bottom:0}
 td small{display:block;color:var(--soft);font-size:.76rem;line-height:1.3}
 td.left,th.left{text-align:left;white-space:normal}
@@ -537,8 +565,10 @@ dt{color:var(--soft)}
 dd{margin:0;overflow-wrap:anywhere}
 code{font:.85em/1.5 ui-monospace,SFMono-Regular,Consolas,"Liberation Mono",monospace;overflow-wrap:anywhere}
 dd>code{display:block;background:var(--panel);padding:.5rem .7rem;border-radius:4px}
-summary{cursor:pointer;color:var(--soft);font-size:.9rem;margin-top:1rem}
-details td{text-align:left;white-space:normal;overflow-wrap:anywhere}
+.settings{columns:19rem;column-gap:2.5rem;font-size:.85rem}
+.settings p{break-inside:avoid;margin:0;padding:.15rem 0;border-bottom:1px solid var(--line);display:flex;justify-content:space-between;gap:1rem}
+.settings span{color:var(--soft)}
+.settings code{text-align:right;min-width:0}
 .pair{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:0 3rem;align-items:start}
 .pair>*{min-width:0}
 figure{margin:0}
@@ -555,10 +585,10 @@ figcaption b{color:var(--ink);font-weight:600}
 .scale{vertical-align:-.1em;width:8rem;height:.7rem;margin:0 .4rem}
 img.suspect{display:block;width:6rem;height:auto}
 .back{font-size:.85rem;margin-top:1.6rem}
-@media(max-width:52rem){body{padding:1.3rem 1rem 3rem;font-size:16px}.pair,.cards{grid-template-columns:minmax(0,1fr)}dl{grid-template-columns:minmax(0,1fr);gap:0}dd{margin-bottom:.6rem}th,td{padding-left:1rem}}
-@media(max-width:30rem){.four{grid-template-columns:repeat(2,minmax(0,1fr))}}
+@media screen and (max-width:52rem){body{padding:1.3rem 1rem 3rem;font-size:16px}.pair,.cards{grid-template-columns:minmax(0,1fr)}dl{grid-template-columns:minmax(0,1fr);gap:0}dd{margin-bottom:.6rem}th,td{padding-left:1rem}}
+@media screen and (max-width:30rem){.four{grid-template-columns:repeat(2,minmax(0,1fr))}}
 @page{margin:15mm 14mm}
-@media print{body{max-width:none;padding:0;font-size:9.5pt}section{break-before:page;border-top:0;padding-top:0;margin:0}h2,h3,h4{break-after:avoid}figure,tr,.pair>*{break-inside:avoid}.back{display:none}.wide{overflow:visible}a{text-decoration:none}.pair{gap:0 2rem}svg.chart{max-width:22rem}details::details-content{content-visibility:visible;height:auto}th:first-child,td:first-child{position:static}}
+@media print{body{max-width:none;padding:0;font-size:9.5pt}section{break-before:page;border-top:0;padding-top:0;margin:0}h2,h3,h4{break-after:avoid}figure,tr,.pair>*{break-inside:avoid}.back{display:none}.wide{overflow:visible}a{text-decoration:none}#summary{break-before:auto}.pair{gap:0 2rem}h3{margin-top:1.4rem}.cards{gap:.9rem 1.6rem}th:first-child,td:first-child{position:static}}
 '''
 
 # %% ../nbs/09a_report.ipynb #fc833048
@@ -579,7 +609,7 @@ TEMPLATES['parts'] = '''
 
 {% macro card(o, s, t) %}
 <figure class="card">{{ four(o.squares, [t.image, t.mask, t.map, t.overlay], o.name, t) }}
-<figcaption><b>{{ o.name }}</b> · {{ t.score }} {{ '%.4g' % o.score }}{% if o.p is not none %} · {{ t.p }} {{ '%.3g' % o.p }}{% endif %}{% if s.threshold %} · {{ t.anomalous if o.score > s.threshold.value else t.normal }}{% endif %}</figcaption></figure>
+<figcaption><b>{{ o.name }}</b> · {{ t.score }} {{ number(o.score) }}{% if o.p is not none %} · {{ t.p }} {{ '%.3g' % o.p }}{% endif %}{% if s.threshold %} · {{ t.anomalous if o.score > s.threshold.value else t.normal }}{% endif %}</figcaption></figure>
 {% endmacro %}
 
 {% macro kinds(s, t) %}
@@ -598,26 +628,26 @@ TEMPLATES['category'] = '''
 {% import 'parts' as parts with context %}
 <section id="{{ s.anchor }}">
 <h2>{{ s.category }}</h2>
-<p class="soft">{{ s.facts|join(' ') }}</p>
+<p class="soft">{{ s.facts|join(t.gap) }}</p>
 <div class="pair">
-<div><h3>{{ t.figure }}</h3>{{ parts.figures(s, t) }}</div>
+<div><h3>{{ t.figures }}</h3>{{ parts.figures(s, t) }}</div>
 <div><h3>{{ t.threshold }}</h3>
-<p>{{ s.threshold_said|join(' ') }}</p>{% if s.promise %}<p class="note">{{ s.promise }}</p>{% endif %}
+<p>{{ s.threshold_said|join(t.gap) }}</p>{% if s.promise %}<p class="note">{{ s.promise }}</p>{% endif %}
 <figure>{{ s.histogram|safe }}</figure></div>
 </div>
 <h3>{{ t.kinds }}</h3>
 {{ parts.kinds(s, t) }}
-<p class="note">{{ t.kinds_note.format(low=s.reach[0], high=s.reach[1]) }}{% if s.threshold %} {{ t.line_note }}{% endif %}</p>
+<p class="note">{{ s.kinds_said|join(t.gap) }}</p>
 {% if s.roc or s.pro %}
 <h3>{{ t.curves }}</h3>
 <div class="pair">
-{% if s.roc %}<figure>{{ s.roc|safe }}<figcaption>{{ t.roc }}. {{ t.roc_note }}</figcaption></figure>{% endif %}
-{% if s.pro %}<figure>{{ s.pro|safe }}<figcaption>{{ t.pro }}. {{ t.pro_note }}</figcaption></figure>{% endif %}
+{% if s.roc %}<figure>{{ s.roc|safe }}<figcaption>{{ t.roc }}{{ t.stop }}{{ t.roc_note }}</figcaption></figure>{% endif %}
+{% if s.pro %}<figure>{{ s.pro|safe }}<figcaption>{{ t.pro }}{{ t.stop }}{{ t.pro_note }}</figcaption></figure>{% endif %}
 </div>
 {% endif %}
 {% if s.shown %}
 <h3>{{ t.pictures }}</h3>
-<p class="note">{{ t.picture_note }} <span style="white-space:nowrap">{{ '%.4g' % s.span[0] }}<img class="scale" src="{{ scale }}" alt="">{{ '%.4g' % s.span[1] }}</span></p>
+<p class="note">{{ t.picture_note }} <span style="white-space:nowrap">{{ number(s.span[0]) }}<img class="scale" src="{{ scale }}" alt="">{{ number(s.span[1]) }}</span></p>
 {% for title, images in s.shown %}
 <h4>{{ title }}</h4>
 <div class="cards">{% for o in images %}{{ parts.card(o, s, t) }}{% endfor %}</div>
@@ -628,14 +658,14 @@ TEMPLATES['category'] = '''
 <p class="note">{{ t.matches_note }}</p>
 <div class="cards">{% for o in s.matches %}
 <figure class="card">{{ parts.four(o.squares, [t.image, t.patch_near, t.stored_near, t.stored], o.name, t) }}
-<figcaption><b>{{ o.name }}</b> · {{ t.patch_score }} {{ '%.4g' % o.patch }} · {{ t.stored }} {{ o.stored }}</figcaption></figure>
+<figcaption><b>{{ o.name }}</b> · {{ t.patch_score }} {{ number(o.patch) }} · {{ t.stored }} {{ o.stored }}</figcaption></figure>
 {% endfor %}</div>
 {% endif %}
 {% if s.suspects %}
 <h3>{{ t.suspects }}</h3>
 <p class="note">{{ t.suspects_note }}</p>
 <div class="wide"><table><thead><tr><th>{{ t.picture }}</th><th>{{ t.score }}</th><th>{{ t.place }}</th><th></th></tr></thead><tbody>
-{% for o in s.suspects %}<tr><td class="mid"><img class="suspect" src="{{ o.picture }}" alt="{{ o.image }}"></td><td>{{ '%.4g' % o.score }}</td><td>{{ t.place_is.format(row=o.row, col=o.col) if o.row is not none else '–' }}</td><td class="left"><code>{{ o.image }}</code></td></tr>{% endfor %}
+{% for o in s.suspects %}<tr><td class="mid"><img class="suspect" src="{{ o.picture }}" alt="{{ o.image }}"></td><td>{{ number(o.score) }}</td><td>{{ t.place_is.format(row=o.row, col=o.col) if o.row is not none else '–' }}</td><td class="left"><code>{{ o.image }}</code></td></tr>{% endfor %}
 </tbody></table></div>
 {% endif %}
 {% if s.stages %}
@@ -667,9 +697,6 @@ TEMPLATES['page'] = '''
 <h1>{{ title }}</h1>
 <dl>{% for name, v in about %}<dt>{{ name }}</dt><dd>{{ v }}</dd>{% endfor %}
 {% if head.command %}<dt>{{ t.command }}</dt><dd><code>{{ head.command }}</code></dd>{% endif %}</dl>
-{% if settings %}<details><summary>{{ t.settings }}</summary><div class="wide"><table><tbody>
-{% for k, v in settings %}<tr><th scope="row">{{ k }}</th><td><code>{{ v }}</code></td></tr>{% endfor %}
-</tbody></table></div></details>{% endif %}
 </header>
 <section id="summary">
 <h2>{{ t.summary }}</h2>
@@ -680,9 +707,12 @@ TEMPLATES['page'] = '''
 {% endfor %}{% if sections|length > 1 %}
 <tr class="mean"><th scope="row">{{ t.mean }}</th>{% for name in columns %}<td>{{ show(name, means[name]) }}</td>{% endfor %}</tr>
 {% endif %}</tbody></table></div>
-<p class="note">{{ notes|join(' ') }}</p>
+<p class="note">{{ notes|join(t.gap) }}</p>
 </section>
 {% for s in sections %}{% include 'category' %}{% endfor %}
+{% if settings %}<section id="settings"><h2>{{ t.settings }}</h2><div class="settings">
+{% for k, v in settings %}<p><span>{{ k }}</span><code>{{ v }}</code></p>{% endfor %}
+</div></section>{% endif %}
 </body>
 </html>
 '''
@@ -696,14 +726,14 @@ def _facts(m:dict, t:dict[str,str])->list[str]:
     said = [t['made_of'].format(h=m['size'][0], w=m['size'][1], **{k: m[k] for k in ('train', 'good', 'defective')})]
     for patches, of, radius in zip(m['patches'], m['of'], m['radius']):
         said.append(t['remembers_of' if of else 'remembers'].format(patches=patches, of=of))
-        if radius is not None: said.append(t['radius'].format(radius=radius))
+        if radius is not None: said.append(t['radius'].format(radius=number(radius)))
     return said
 
 def _threshold_said(s:dict, t:dict[str,str])->list[str]:
     "What a threshold is and what it did, in sentences."
     if not s['threshold']: return [t['no_threshold']]
-    said = [t['threshold_is'].format(value=s['threshold']['value'])]
-    if s['threshold']['map'] is not None: said.append(t['map_threshold_is'].format(value=s['threshold']['map']))
+    said = [t['threshold_is'].format(value=number(s['threshold']['value']))]
+    if s['threshold']['map'] is not None: said.append(t['map_threshold_is'].format(value=number(s['threshold']['map'])))
     for label, key in ((False, 'false_alarms'), (True, 'missed')):
         own = [o for o in s['kinds'] if o['label'] == label]
         n, called = sum(len(o['scores']) for o in own), sum(o['called'] for o in own)
@@ -717,7 +747,7 @@ def _charts(s:dict, t:dict[str,str])->dict: # histogram, roc, pro: `<svg>`, or N
     scores = {t[k]: [v for o in s['kinds'] if o['label'] == label for v in o['scores']] for label, k in ((False, 'good'), (True, 'defective'))}
     roc = {named(f'{o}_auroc'): s['curves'][f'{o}_roc'] for o in ('image', 'pixel') if s['curves'][f'{o}_roc']}
     pro, limit = s['curves']['pro'], t['limit'].format(limit=s['limit'])
-    return dict(histogram=svg_histogram(scores, value, f"{t['threshold']} {value:.4g}" if value is not None else '', t['scores'], t['image_score'], t['images']),
+    return dict(histogram=svg_histogram(scores, value, f"{t['threshold']} {number(value)}" if value is not None else '', t['scores'], t['image_score'], t['images']),
                 roc=svg_curve(roc, t['roc'], t['fpr'], t['tpr']) if roc else None,
                 pro=svg_curve({named('aupro'): pro}, t['pro'], t['fpr'], t['overlap'], (s['limit'], f"{limit}: {named('aupro')}")) if pro else None)
 
@@ -725,18 +755,20 @@ def _charts(s:dict, t:dict[str,str])->dict: # histogram, roc, pro: `<svg>`, or N
 def _filled(s:dict, i:int, t:dict[str,str])->dict:
     "A section with all that its template asks for."
     value, promise = s['threshold'] and s['threshold']['value'], s['threshold'] and s['threshold']['promise']
-    reach = _span([v for o in s['kinds'] for v in o['scores']] + ([] if value is None else [value]))
-    kinds = [o | dict(strip=svg_strip(o['scores'], reach, value, o['label'], o['kind'])) for o in s['kinds']]
+    scores = [v for o in s['kinds'] for v in o['scores']] + ([] if value is None else [value])
+    reach, log = _span(scores), is_skewed(scores)
+    said = [t['kinds_note'].format(low=number(reach[0]), high=number(reach[1])), *([t['log_note']] if log else []), *([t['line_note']] if value is not None else [])]
+    kinds = [o | dict(strip=svg_strip(o['scores'], reach, value, o['label'], o['kind'], log)) for o in s['kinds']]
     seconds, peaks = ([o[k] for o in s['stages'] if o.get(k) is not None] for k in ('seconds', 'peak_mb'))
     stages = [dict(stage='', seconds=None, peak_mb=None) | o for o in s['stages']]
-    return s | _charts(s, t) | dict(anchor=f'category-{i}', facts=_facts(s['model'], t), threshold_said=_threshold_said(s, t), reach=reach, kinds=kinds, stages=stages,
+    return s | _charts(s, t) | dict(anchor=f'category-{i}', facts=_facts(s['model'], t), threshold_said=_threshold_said(s, t), kinds_said=said, kinds=kinds, stages=stages,
         promise=promise and t.get(f'promise_{promise}', promise).format(rate=100*s['threshold']['rate']), kind_columns=list(dict.fromkeys(k for o in kinds for k in o['figures'])),
         shown=[(t[k], s['pictures'][k]) for k in ('faint', 'rings', 'hits') if s['pictures'][k]], longest=max([*seconds, 1e-9]), seconds=sum(seconds), peak=max(peaks, default=None))
 
 def _flat(value, key:str='')->list[tuple[str,str]]:
     "Settings within settings as lines of names and values."
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) and any(isinstance(o, dict) for o in value) else None
-    if parts is None: return [(key, ', '.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))]
+    if parts is None: return [(key, ', '.join(map(str, value)) or '–' if isinstance(value, (list, tuple)) else '–' if value is None else str(value))]
     return [line for k, v in parts for line in _flat(v, f'{key}.{k}' if key else str(k))]
 
 def _about(head:dict, t:dict[str,str])->list[tuple[str,str]]:
@@ -759,4 +791,4 @@ def render(
     scale = data_url(to_colours(np.linspace(0, 1, 128)[None].repeat(12, 0), 1))
     return _written('page', t=t, head=dict(command=None) | head, title=head.get('title') or t['title'], about=_about(head, t), settings=_flat(head.get('settings') or {}), css=TEMPLATES['css'],
         sections=[_filled(s, i, t) for i, s in enumerate(sections)], columns=columns, means={k: float(np.mean(v)) for k, v in values.items()}, notes=notes, scale=scale,
-        show=figure_text, label=lambda name: figure_name(name, t)).strip()
+        show=figure_text, number=number, label=lambda name: figure_name(name, t)).strip()
