@@ -27,7 +27,7 @@ _WHERE = {
     'presets': 'PRESETS preset',
     'store': 'load save',
     'plots': '',
-    'report': 'render section',
+    'report': '',
     'experiment': 'run sweep',
     'cli': '',
     'saved': '',

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'ENGLISH', 'CHINESE', 'TEXTS', 'RATES', 'TEMPLATES', 'SUMMARY', 'ABOUT', 'thin', 'category_curves', 'data_url',
-           'squares', 'framed', 'scores_by_kind', 'worth_a_look', 'match', 'matches', 'threshold_facts', 'model_facts',
-           'suspect_pictures', 'section', 'texts', 'figure_name', 'number', 'figure_text', 'share', 'svg_curve',
-           'is_skewed', 'svg_histogram', 'svg_strip', 'render']
+           'squares', 'framed', 'scores_by_kind', 'worth_a_look', 'match_of', 'matches', 'threshold_facts',
+           'model_facts', 'suspect_pictures', 'section', 'texts', 'figure_name', 'number', 'figure_text', 'share',
+           'svg_curve', 'is_skewed', 'svg_histogram', 'svg_strip', 'render']
 
 # %% ../nbs/09a_report.ipynb #f3cf78a0
 import base64, io, warnings
@@ -177,7 +177,7 @@ def _picture(sample:Sample, mask, prediction:Prediction, i:int, span:tuple[float
                 squares=squares(image, mask, prediction.anomaly_maps[i], span))
 
 # %% ../nbs/09a_report.ipynb #af94e5c8
-def match(
+def match_of(
     model:PatchCore,       # fitted
     train:Sequence,        # the items that it was fitted on: see `as_items`
     prediction:Prediction, # of this model
@@ -199,11 +199,11 @@ def matches(
     category:Category,        # what it was fitted on
     prediction:Prediction,    # of its test images
     chosen:Sequence[int],     # which of these
-)->list[dict]: # as `match` returns them, with name, kind and score of the image
+)->list[dict]: # as `match_of` returns them, with name, kind and score of the image
     "What the strangest patches of some images were compared with; nothing for ensembles and models that do not know."
     if isinstance(model, Ensemble) or getattr(model, 'origin_', None) is None or prediction.nn_idxs is None: return []
     train = as_items(category)
-    found = [(i, match(model, train, prediction, i)) for i in chosen]
+    found = [(i, match_of(model, train, prediction, i)) for i in chosen]
     return [dict(name=_name(category.test[i].path), kind=category.test[i].kind, label=category.test[i].label, score=_plain(prediction.image_scores[i]), **o) for i, o in found if o]
 
 # %% ../nbs/09a_report.ipynb #a49af67a
@@ -277,7 +277,7 @@ def section(
 # %% ../nbs/09a_report.ipynb #edc38748
 ENGLISH = dict(
     tag='en', title='PatchCore report', run='The run', command='Command', date='Date', device='Device', versions='Versions', settings='Settings',
-    summary='Summary', category='Category', mean='Mean', interval='95% interval', figures='Figures', figure='Figure', value='Value', gap=' ', stop='. ', back='Back to the summary',
+    summary='Summary', category='Category', mean='Mean', interval='95% interval', figures='Figures', figure='Figure', value='Value', gap=' ', stop='. ', colon=': ', back='Back to the summary',
     summary_note='Figures of the test images, from 0 to 1; false alarms and missed are shares at the threshold.',
     interval_note='Small numbers are 95% intervals.', limit_note='AUPRO is taken up to a false positive rate of {limit:g}.',
     made_of='{train:,} training images of {h} × {w} pixels as the network sees them. {good:,} good and {defective:,} defective test images.',
@@ -307,7 +307,7 @@ ENGLISH = dict(
 # %% ../nbs/09a_report.ipynb #45ed9b9c
 CHINESE = dict(
     tag='zh-CN', title='PatchCore 异常检测报告', run='运行信息', command='命令行', date='日期', device='设备', versions='版本', settings='参数设置',
-    summary='结果汇总', category='类别', mean='平均', interval='95% 置信区间', figures='指标', figure='指标', value='数值', gap='', stop='。', back='返回汇总',
+    summary='结果汇总', category='类别', mean='平均', interval='95% 置信区间', figures='指标', figure='指标', value='数值', gap='', stop='。', colon='：', back='返回汇总',
     summary_note='各项指标均在测试图像上计算，取值 0 到 1；误报率与漏检率按阈值统计。',
     interval_note='小号数字为 95% 置信区间。', limit_note='AUPRO 的假阳性率上限为 {limit:g}。',
     made_of='训练图像 {train:,} 张，网络输入尺寸 {h} × {w} 像素。测试图像中正常 {good:,} 张，缺陷 {defective:,} 张。',
@@ -559,7 +559,7 @@ tbody th{font-weight:400;white-space:normal;overflow-wrap:break-word;max-width:1
 .mean th,.mean td{font-weight:650;border-bottom:0}
 td small{display:block;color:var(--soft);font-size:.76rem;line-height:1.3}
 td.left,th.left{text-align:left;white-space:normal}
-td.mid,td.mid~td,.mids th{vertical-align:middle}
+td.mid,td.mid~td,.mids tbody th,.mids td{vertical-align:middle}
 dl{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:.25rem 1.4rem;margin:1.1rem 0 0;font-size:.9rem}
 dt{color:var(--soft)}
 dd{margin:0;overflow-wrap:anywhere}
@@ -604,7 +604,7 @@ TEMPLATES['parts'] = '''
 {% endmacro %}
 
 {% macro four(pictures, names, whose, t) %}
-<div class="four">{% for url in pictures %}{% if url %}<img src="{{ url }}" alt="{{ names[loop.index0] }}: {{ whose }}" title="{{ names[loop.index0] }}">{% else %}<span>{{ t.no_mask }}</span>{% endif %}{% endfor %}</div>
+<div class="four">{% for url in pictures %}{% if url %}<img src="{{ url }}" alt="{{ names[loop.index0] }}{{ t.colon }}{{ whose }}" title="{{ names[loop.index0] }}">{% else %}<span>{{ t.no_mask }}</span>{% endif %}{% endfor %}</div>
 {% endmacro %}
 
 {% macro card(o, s, t) %}
@@ -614,10 +614,10 @@ TEMPLATES['parts'] = '''
 
 {% macro kinds(s, t) %}
 <div class="wide"><table class="mids">
-<thead><tr><th>{{ t.kind }}</th><th>{{ t.images }}</th><th class="left">{{ t.scores }}</th>{% if s.threshold %}<th>{{ t.rang }}</th><th>{{ t.missed_column }}</th>{% endif %}{% for name in s.kind_columns %}<th>{{ label(name) }}</th>{% endfor %}</tr></thead>
+<thead><tr><th>{{ t.kind }}</th><th>{{ t.images }}</th>{% if s.threshold %}<th>{{ t.rang }}</th><th>{{ t.missed_column }}</th>{% endif %}<th class="left">{{ t.scores }}</th>{% for name in s.kind_columns %}<th>{{ label(name) }}</th>{% endfor %}</tr></thead>
 <tbody>{% for o in s.kinds %}{% set n = o.scores|length %}
-<tr><th scope="row">{{ t.good if o.kind == 'good' else o.kind }}</th><td class="mid">{{ n }}</td><td>{{ o.strip|safe }}</td>
-{% if s.threshold %}<td>{% if not o.label %}{{ t.of.format(k=o.called, n=n) }}{% endif %}</td><td>{% if o.label %}{{ t.of.format(k=n-o.called, n=n) }}{% endif %}</td>{% endif %}
+<tr><th scope="row">{{ t.good if o.kind == 'good' else o.kind }}</th><td>{{ n }}</td>
+{% if s.threshold %}<td>{% if not o.label %}{{ t.of.format(k=o.called, n=n) }}{% endif %}</td><td>{% if o.label %}{{ t.of.format(k=n-o.called, n=n) }}{% endif %}</td>{% endif %}<td>{{ o.strip|safe }}</td>
 {% for name in s.kind_columns %}<td>{{ show(name, o.figures.get(name)) if name in o.figures else '' }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
 {% endmacro %}
@@ -670,7 +670,7 @@ TEMPLATES['category'] = '''
 {% endif %}
 {% if s.stages %}
 <h3>{{ t.stages }}</h3>
-<div class="wide"><table><thead><tr><th>{{ t.stage }}</th><th>{{ t.seconds }}</th><th></th><th>{{ t.peak }}</th></tr></thead><tbody>
+<div class="wide"><table class="mids"><thead><tr><th>{{ t.stage }}</th><th>{{ t.seconds }}</th><th></th><th>{{ t.peak }}</th></tr></thead><tbody>
 {% for o in s.stages %}<tr><th scope="row">{{ t.get('stage_'~o.stage, o.stage) }}</th><td>{{ '%.1f' % o.seconds if o.seconds is not none else '–' }}</td>
 <td class="left"><svg class="bar" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true"><rect width="{{ '%.1f' % (100*(o.seconds or 0)/s.longest) }}" height="8" style="fill:var(--good)"/></svg></td>
 <td>{{ '{:,.0f}'.format(o.peak_mb) if o.peak_mb is not none else '–' }}</td></tr>{% endfor %}
@@ -740,6 +740,11 @@ def _threshold_said(s:dict, t:dict[str,str])->list[str]:
         if own: said.append(t[key].format(k=n-called if label else called, n=n))
     return said
 
+def _promise(promise:str, rate:float|None, t:dict[str,str])->str:
+    "What a threshold promises, in a sentence; itself, if it is unknown."
+    said = t.get(f'promise_{promise}')
+    return promise if said is None else '' if rate is None else said.format(rate=100*rate)
+
 def _charts(s:dict, t:dict[str,str])->dict: # histogram, roc, pro: `<svg>`, or None
     "The charts of a category."
     def named(key): return f"{figure_name(key, t)} {figure_text(key, s['figures'].get(key))}"
@@ -749,7 +754,7 @@ def _charts(s:dict, t:dict[str,str])->dict: # histogram, roc, pro: `<svg>`, or N
     pro, limit = s['curves']['pro'], t['limit'].format(limit=s['limit'])
     return dict(histogram=svg_histogram(scores, value, f"{t['threshold']} {number(value)}" if value is not None else '', t['scores'], t['image_score'], t['images']),
                 roc=svg_curve(roc, t['roc'], t['fpr'], t['tpr']) if roc else None,
-                pro=svg_curve({named('aupro'): pro}, t['pro'], t['fpr'], t['overlap'], (s['limit'], f"{limit}: {named('aupro')}")) if pro else None)
+                pro=svg_curve({named('aupro'): pro}, t['pro'], t['fpr'], t['overlap'], (s['limit'], f"{limit}{t['colon']}{named('aupro')}")) if pro else None)
 
 # %% ../nbs/09a_report.ipynb #246a0cd1
 def _filled(s:dict, i:int, t:dict[str,str])->dict:
@@ -762,7 +767,7 @@ def _filled(s:dict, i:int, t:dict[str,str])->dict:
     seconds, peaks = ([o[k] for o in s['stages'] if o.get(k) is not None] for k in ('seconds', 'peak_mb'))
     stages = [dict(stage='', seconds=None, peak_mb=None) | o for o in s['stages']]
     return s | _charts(s, t) | dict(anchor=f'category-{i}', facts=_facts(s['model'], t), threshold_said=_threshold_said(s, t), kinds_said=said, kinds=kinds, stages=stages,
-        promise=promise and t.get(f'promise_{promise}', promise).format(rate=100*s['threshold']['rate']), kind_columns=list(dict.fromkeys(k for o in kinds for k in o['figures'])),
+        promise=promise and _promise(promise, s['threshold']['rate'], t), kind_columns=list(dict.fromkeys(k for o in kinds for k in o['figures'])),
         shown=[(t[k], s['pictures'][k]) for k in ('faint', 'rings', 'hits') if s['pictures'][k]], longest=max([*seconds, 1e-9]), seconds=sum(seconds), peak=max(peaks, default=None))
 
 def _flat(value, key:str='')->list[tuple[str,str]]:
