@@ -41,6 +41,7 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/pictures.py
 
 # An environment that is older than the package's metadata is brought up to date; one that is not there is made.
 # torch and torchvision must come from one index: both are requirements, so one pip command installs both.

@@ -29,6 +29,7 @@ _WHERE = {
     'presets': 'PRESETS preset',
     'store': 'load save',
     'plots': '',
+    'report': '',
     'experiment': 'run sweep',
     'cli': '',
     'saved': '',
