@@ -418,7 +418,9 @@ def _from_pixels(maps, masks, labels:np.ndarray, limits:Sequence[float])->dict[s
     regions = np.bincount(rows, region_weights(masks), len(c.gained))
     good = add_good(c, maps, ~labels)
     pimo = image_means(log_room(good)[rows], masks.sum((1, 2)))
-    anomaly = add_good(c, maps, ~masks & defect[:, None, None])
+    around = ~masks
+    around[~defect] = False
+    anomaly = add_good(c, maps, around)
     vanished = add_good(c, maps, labels & ~defect)
     return pixel_figures(merged(merged(anomaly, good), vanished), anomaly, regions, pimo, limits)
 

@@ -64,16 +64,17 @@ def _sketch(bad:np.ndarray)->np.ndarray:
     if len(bad) <= SKETCH: return bad
     return bad[((np.arange(SKETCH)+0.5)*len(bad)/SKETCH).astype(np.int64)]
 
-def _row(bins:np.ndarray, mask:np.ndarray, weights:np.ndarray)->tuple[np.ndarray, ...]:
-    "What an image leaves: (n,) coarse bins, ascending; in each of them good pixels, defective pixels, regions."
+def _row(bins:np.ndarray, mask:np.ndarray, weights:np.ndarray)->tuple[tuple, tuple]:
+    "What an image leaves: (n,) coarse bins that hold good pixels, ascending, and how many; (m,) those that hold defective ones, how many, and in regions."
     coarse = bins >> COARSE
     low = coarse.min()
     coarse -= low
     bad = coarse[mask]
-    everything = np.bincount(coarse.ravel())
-    n_bad, regions = (np.bincount(bad, w, len(everything)) for w in (None, weights))
-    at = np.flatnonzero(everything)
-    return (at+low).astype(np.uint16), (everything-n_bad)[at].astype(np.int32), n_bad[at].astype(np.int32), regions[at].astype(np.float32)
+    n = np.bincount(coarse.ravel())
+    n_bad, regions = (np.bincount(bad, w, len(n)) for w in (None, weights))
+    n -= n_bad
+    at, at_bad = np.flatnonzero(n), np.flatnonzero(n_bad)
+    return ((at+low).astype(np.uint16), n[at].astype(np.int32)), ((at_bad+low).astype(np.uint16), n_bad[at_bad].astype(np.int32), regions[at_bad].astype(np.float32))
 
 def _masks_of(masks, shape:tuple)->np.ndarray:
     "(B, H, W) bool; an image without a mask has no defect."
@@ -110,14 +111,15 @@ def bin_tables(
     clean, anomaly, vanished = (_counted(c, at, o) for o in good)
     return merged(merged(clean, anomaly), vanished), clean, anomaly
 
-def _dense(rows:list[tuple[np.ndarray, ...]])->dict[str, np.ndarray]:
+def _dense(rows:list[tuple[tuple, tuple]])->dict[str, np.ndarray]:
     "What each image left, in the bins that anyone touched, highest first."
-    at = np.unique(np.concatenate([o[0] for o in rows]))[::-1]
-    found = dict(zip(('good', 'bad', 'region'), (np.zeros((len(rows), len(at)), o) for o in (np.int32, np.int32, np.float32))))
-    for i, (bins, *parts) in enumerate(rows):
-        where = len(at)-1-np.searchsorted(at[::-1], bins)
-        for table, part in zip(found.values(), parts): table[i, where] = part
-    return found
+    at = np.unique(np.concatenate([part[0] for row in rows for part in row])) # ascending
+    good, bad, region = (np.zeros((len(rows), len(at)), o) for o in (np.int32, np.int32, np.float32))
+    for i, ((bins, n), (bad_bins, n_bad, regions)) in enumerate(rows):
+        good[i, -1-np.searchsorted(at, bins)] = n
+        where = -1-np.searchsorted(at, bad_bins)
+        bad[i, where], region[i, where] = n_bad, regions
+    return dict(good=good, bad=bad, region=region)
 
 # %% ../nbs/06a_pixels.ipynb #86b8a739
 class Tally:
@@ -243,7 +245,7 @@ def _kind_of_pixels(maps:np.ndarray, masks:np.ndarray, clean:np.ndarray, limits:
     pimo = image_means(log_room(add_sorted(c, clean))[rows], masks.sum((1, 2)))
     around = add_good(c, maps, ~masks)
     found = pixel_figures(add_sorted(around, clean), around, regions, pimo, limits)
-    return {k: found[k] for k in ('pixel_auroc', 'pixel_ap', *aupro_names(limits), 'aupimo')}
+    return found
 
 def by_kind(
     image_scores,         # (B,) higher = more anomalous
@@ -259,11 +261,11 @@ def by_kind(
     if masks is not None:
         maps, masks, _ = pixel_truth(maps, masks, labels)
         clean = np.sort(maps[~labels], axis=None)
-    table = {}
+    names, table = ['pixel_auroc', 'pixel_ap', *aupro_names(limits), 'aupimo'], {}
     for kind in sorted(set(kinds[labels])):
         mine = kinds == kind
         c = counts(scores[mine | ~labels], labels[mine | ~labels])
-        pixels = _kind_of_pixels(maps[mine], masks[mine], clean, limits) if masks is not None else {k: np.nan for k in ('pixel_auroc', 'pixel_ap', *aupro_names(limits), 'aupimo')}
+        pixels = _kind_of_pixels(maps[mine], masks[mine], clean, limits) if masks is not None else {}
         missed = np.nan if threshold is None else float((scores[mine] <= threshold).mean())
         table[kind] = dict(n_images=int(mine.sum()), image_auroc=area(c), image_ap=precision_area(c), **pixels, missed=missed)
-    return pd.DataFrame.from_dict(table, orient='index', columns=['n_images', 'image_auroc', 'image_ap', 'pixel_auroc', 'pixel_ap', *aupro_names(limits), 'aupimo', 'missed'])
+    return pd.DataFrame.from_dict(table, orient='index').reindex(columns=['n_images', 'image_auroc', 'image_ap', *names, 'missed'])
