@@ -12,8 +12,9 @@ from hypothesis.extra import numpy as hnp
 from sklearn import metrics
 
 from patchcore_nb.core import ArgumentError
-from patchcore_nb.evaluation import (aupro, aupro_regions, auroc, auroc_pairs, average_precision, counts, evaluate, f1max, pro_curve,
-                                     region_weights, roc_curve)
+from patchcore_nb.evaluation import (area, aupimo_curves, aupimo_images, aupro, aupro_regions, auroc, auroc_pairs, average_precision,
+                                     counts, evaluate, f1max, no_pixel_figures, pro_curve, region_weights, roc_curve, seg_f1)
+from patchcore_nb.pixels import Tally, bin_floor, by_kind, centre_of, judge_pixels, pixel_rows, slack, to_bins
 
 FEW = st.integers(-3, 3).map(float)                               # full of ties
 ANY = st.floats(-1e6, 1e6, allow_nan=False)
@@ -124,13 +125,180 @@ def test_pro_curve_has_the_area(x):
 def test_evaluate_agrees_with_its_parts(x):
     maps, masks = x
     defect, image_scores = masks.any((1, 2)), maps.max((1, 2))
-    got = evaluate(torch.from_numpy(image_scores), torch.from_numpy(defect), torch.from_numpy(maps), torch.from_numpy(masks))
-    anomaly = auroc(maps[defect], masks[defect]) if defect.any() else float('nan')
-    want = dict(image_auroc=auroc(image_scores, defect), image_ap=average_precision(image_scores, defect), image_f1max=f1max(image_scores, defect)[0],
-                pixel_auroc=auroc(maps, masks), anomaly_pixel_auroc=anomaly, pixel_ap=average_precision(maps, masks),
-                pixel_f1max=f1max(maps, masks)[0], aupro=aupro(maps, masks))
+    got = evaluate(torch.from_numpy(image_scores), torch.from_numpy(defect), torch.from_numpy(maps), torch.from_numpy(masks), (.3, .05, 1), 0.)
+    (best, at), (pixel_best, pixel_at) = f1max(image_scores, defect), f1max(maps, masks)
+    each, alone = aupimo_images(maps, masks), (maps[defect], masks[defect])
+    want = dict(image_auroc=auroc(image_scores, defect), image_ap=average_precision(image_scores, defect), image_f1max=best, image_f1max_threshold=at,
+                pixel_auroc=auroc(maps, masks), pixel_ap=average_precision(maps, masks), pixel_f1max=pixel_best, pixel_f1max_threshold=pixel_at,
+                aupro=aupro(maps, masks), **{'aupro_0.05': aupro(maps, masks, .05), 'aupro_1': aupro(maps, masks, 1.)},
+                aupimo=float('nan') if np.isnan(each).all() else np.nanmean(each))
+    for name, f in dict(auroc=auroc, ap=average_precision, f1max=lambda *o: f1max(*o)[0]).items(): want[f'anomaly_pixel_{name}'] = f(*alone) if defect.any() else float('nan')
+    want |= dict(anomaly_aupro=aupro(*alone) if defect.any() else float('nan'), seg_f1=seg_f1(maps, masks, 0.))
     assert list(got) == list(want)
     assert list(got.values()) == pytest.approx(list(want.values()), abs=1e-12, nan_ok=True)
+    assert list(evaluate(image_scores, defect)) == [o for o in want if o.startswith('image')]+list(no_pixel_figures())
+
+
+@tried(pictured(), st.sampled_from([.2, .5, 1.]))
+def test_area_moves_by_no_more_than_its_slack(x, limit):
+    "Ties told apart at random."
+    maps, masks = x
+    c, ranks = counts(maps, masks), np.unique(maps, return_inverse=True)[1].reshape(maps.shape)
+    told = counts(ranks+np.random.default_rng(0).random(maps.shape)/2, masks)
+    if masks.any() and not masks.all(): assert abs(area(c, limit)-area(told, limit)) <= slack(c, limit)+1e-12
+    else: assert isnan(slack(c, limit))
+
+
+# AUPIMO, SegF1
+
+@tried(pictured(), st.sampled_from([(1e-5, 1e-4), (.01, .1), (.05, 1.), (.3, .7)]))
+def test_aupimo_is_the_walk_along_each_curve(x, rates):
+    maps, masks = x
+    got = aupimo_images(maps, masks, *rates)
+    assert got == pytest.approx(aupimo_curves(maps, masks, *rates), abs=1e-9, nan_ok=True)
+    assert (np.isnan(got) == (~masks.any((1, 2)) | masks.any((1, 2)).all())).all() and not ((got < -1e-12) | (got > 1+1e-12)).any()
+
+@tried(pictured())
+def test_aupimo_does_not_ask_what_lies_around_a_defect(x):
+    maps, masks = x
+    around = ~masks & masks.any((1, 2))[:, None, None]
+    assert aupimo_images(np.where(around, 9e6, maps), masks, .01, .5) == pytest.approx(aupimo_images(maps, masks, .01, .5), abs=1e-12, nan_ok=True)
+
+@tried(pictured(), st.sampled_from([-1., 0., .5, 3.]))
+def test_seg_f1_is_scikit_learns(x, threshold):
+    maps, masks = x
+    if masks.any(): assert seg_f1(maps, masks, threshold) == pytest.approx(metrics.f1_score(masks.ravel(), maps.ravel() > threshold, zero_division=0), abs=1e-12)
+    else: assert isnan(seg_f1(maps, masks, threshold))
+
+
+# Regions
+
+REGIONS = dict(pixel=[(4, 4)], diagonal=[(3, 3), (4, 4), (5, 3)], corner=[(0, 0)], border=[(0, 3), (0, 4), (8, 0), (8, 8)], all_but_one=[(i, j) for i in range(9) for j in range(9) if (i, j) != (4, 4)])
+
+@pytest.mark.parametrize('name', REGIONS)
+@pytest.mark.parametrize('scores', ['any', 'ties', 'constant', 'defects first', 'defects last'])
+def test_aupro_of_awkward_regions(name, scores):
+    masks = np.zeros((3, 9, 9), bool)
+    masks[1][tuple(zip(*REGIONS[name]))] = True
+    masks[2, 6, 2] = True
+    maps = dict(zip(['any', 'ties', 'constant', 'defects first', 'defects last'], [x := np.random.default_rng(0).normal(size=masks.shape), x.round(), 0*x, 1.*masks, -1.*masks]))[scores]
+    for limit in (.01, .05, .3, 1.): assert aupro(maps, masks, limit) == pytest.approx(aupro_regions(maps, masks, limit), abs=1e-9)
+    got = evaluate([0]*3, masks.any((1, 2)), maps, masks)
+    if scores == 'defects first': assert [v for k, v in got.items() if 'pixel_a' in k or 'aup' in k] == pytest.approx([1]*8)
+    if scores == 'constant': assert got['pixel_auroc'] == .5 and got['aupro'] == pytest.approx(.15)
+
+
+# One by one
+
+def stained(n=24, size=72, seed=0):
+    "Noise with stains: the first half is good."
+    rng = np.random.default_rng(seed)
+    maps, masks = rng.normal(size=(n, size, size)), np.zeros((n, size, size), bool)
+    for i in range(n//2, n):
+        for y, x, h, w in rng.integers([2, 2, 1, 1], [size-12, size-12, 12, 12], (3, 4)): masks[i, y:y+h, x:x+w] = True
+    return maps+2*masks, masks, rng
+
+def late(maps, masks): return np.where(masks & (np.arange(len(maps)) > len(maps)-4)[:, None, None], maps*1e7, maps)
+KINDS = dict(normal=lambda m, k, r: m, offset=lambda m, k, r: 1e4+.01*m, offset_of_many_digits=lambda m, k, r: np.float64(1e4)+1e-9*m, negative=lambda m, k, r: -1e3-np.exp(-m),
+             heavy_tail=lambda m, k, r: m+r.standard_cauchy(m.shape), log_normal=lambda m, k, r: np.exp(8*m), late_and_far=lambda m, k, r: late(m, k), late_and_far_below=lambda m, k, r: -late(m, k),
+             constant=lambda m, k, r: 0*m+3, ties=lambda m, k, r: m.round(1), two_values=lambda m, k, r: 1.*(m > 1), squashed=lambda m, k, r: np.tanh(m)**9,
+             first_map_constant=lambda m, k, r: m*(np.arange(len(m)) > 0)[:, None, None], tiny=lambda m, k, r: m*1e-30, huge=lambda m, k, r: m*1e37)
+
+@pytest.mark.parametrize('name', KINDS)
+def test_a_tally_is_as_good_as_exact(name):
+    maps, masks, rng = stained()
+    maps = KINDS[name](maps, masks, rng)
+    if 'digits' not in name: maps = maps.astype(np.float32)
+    tally = Tally(map_threshold=float(np.median(maps)))
+    for m, mask in zip(maps, masks): tally.add(m[None], [mask if mask.any() else None])
+    want = evaluate(np.zeros(len(maps)), masks.any((1, 2)), maps, masks, map_threshold=tally.map_threshold)
+    got, bounds = tally.figures(), tally.bounds()
+    assert list(got) == [k for k in want if not k.startswith('image_')]
+    for k, v in got.items():
+        if 'threshold' not in k: assert v == pytest.approx(want[k], abs=1e-4), k
+        else: assert v == pytest.approx(want[k], rel=1e-4, abs=1e-4*np.ptp(maps.astype(float)))
+    for k, v in bounds.items(): assert abs(got[k]-want[k]) <= v+1e-9, k
+    assert {'pixel_auroc', 'aupro', 'aupro_0.05'} <= set(bounds) and (bounds['pixel_auroc'] < 1e-3 or name in ('constant', 'ties', 'two_values', 'offset'))
+
+@settings(deadline=None, derandomize=True, max_examples=25)
+@given(pictured())
+def test_a_tally_keeps_its_bounds(x):
+    maps, masks = x
+    tally = Tally().add(maps, masks)
+    got, want = tally.figures(), evaluate(np.zeros(len(maps)), masks.any((1, 2)), maps, masks)
+    for k, v in tally.bounds().items(): assert isnan(v) and isnan(want[k]) or abs(got[k]-want[k]) <= v+1e-9, k
+    assert {k for k, v in got.items() if isnan(v)} == {k for k, v in want.items() if isnan(v) and not k.startswith('image_')}
+
+@tried(hnp.arrays(np.float32, st.integers(1, 40), elements=WIDE), WIDE)
+def test_bins_keep_the_order(scores, centre):
+    scores = np.sort(scores)
+    bins = to_bins(scores, np.float32(centre))
+    assert (np.diff(bins) >= 0).all() and bins.min() >= 0 and bins.max() < 2**24
+    assert (np.diff(bin_floor(bins, np.float32(centre))) >= 0).all()
+    assert centre_of(scores) in scores
+
+def test_a_tally_does_not_see_how_images_are_cut_into_chunks():
+    maps, masks, _ = stained()
+    labels = masks.any((1, 2)) | (np.arange(24) < 2)                         # two defects that no mask shows
+    whole, parts, wide = Tally().add(maps, masks, labels), Tally(), Tally()
+    for i in range(0, 24, 5): parts.add(torch.from_numpy(maps[i:i+5]), torch.from_numpy(masks[i:i+5]), torch.from_numpy(labels[i:i+5]))
+    wide.add(maps[:9], masks[:9], labels[:9])._widen()                       # as from four billion pixels on
+    wide.add(maps[9:], masks[9:], labels[9:])
+    for o in (parts, wide):
+        assert o.figures() == whole.figures() and o.bounds() == whole.bounds()
+        for k, v in o.rows().items(): assert np.array_equal(v, whole.rows()[k])
+    want = evaluate(np.zeros(24), labels, maps, masks)
+    for k, v in whole.figures().items(): assert v == pytest.approx(want[k], abs=1e-4)
+    assert want['aupimo'] != evaluate(np.zeros(24), masks.any((1, 2)), maps, masks)['aupimo']
+
+def test_large_defects_leave_a_sketch():
+    rng = np.random.default_rng(0)
+    maps, masks = rng.normal(size=(4, 300, 300)).astype(np.float32), np.zeros((4, 300, 300), bool)
+    masks[2:, 20:280, 10:250] = True
+    maps[2:] += 3*masks[2:]
+    got, want = Tally().add(maps, masks).figures(), evaluate(np.zeros(4), masks.any((1, 2)), maps, masks)
+    assert got['aupimo'] == pytest.approx(want['aupimo'], abs=1e-4)
+
+@pytest.mark.parametrize('name', ['normal', 'heavy_tail', 'ties', 'late_and_far', 'constant'])
+def test_rows_hold_what_a_bootstrap_needs(name):
+    maps, masks, rng = stained()
+    maps = KINDS[name](maps, masks, rng).astype(np.float32)
+    rows, tally = pixel_rows(maps, masks), Tally().add(maps[:3], masks[:3]).add(maps[3:], masks[3:]).rows()
+    for k, v in rows.items(): assert np.array_equal(v, tally[k])
+    assert (rows['good'].sum(1) == (~masks).sum((1, 2))).all() and (rows['bad'].sum(1) == masks.sum((1, 2))).all()
+    drawn = rng.integers(24, size=24)                                        # any draw of images, not these alone
+    good, bad, region = (o[drawn].sum(0) for o in rows.values())
+    below = good.sum()-good.cumsum()+good/2
+    assert (bad*below).sum()/good.sum()/bad.sum() == pytest.approx(auroc(maps[drawn], masks[drawn]), abs=2e-3)
+    assert (region*below).sum()/good.sum()/region.sum() == pytest.approx(aupro(maps[drawn], masks[drawn], 1.), abs=2e-3)
+
+def test_the_choice_between_exact_and_tally():
+    maps, masks, _ = stained()
+    chunks = [(o, None) if not k.any() else (o, k) for o, k in zip(np.split(maps, 6), np.split(masks, 6))]
+    exact, none = judge_pixels(iter(chunks), maps.nbytes, 4*maps.nbytes, (.1, 1.))
+    close, bounds = judge_pixels(iter(chunks), maps.nbytes, 3*maps.nbytes, (.1, 1.))
+    want = evaluate(np.zeros(24), masks.any((1, 2)), maps, masks, (.1, 1.))
+    assert exact == {k: v for k, v in want.items() if not k.startswith('image_')} and none == {}
+    assert close != exact and close == pytest.approx(exact, abs=1e-4) and bounds['aupro_1'] < 1e-4
+    for budget in (0, 10**9):
+        with pytest.raises(ArgumentError, match='got no'): judge_pixels([], 0 if budget else 1, budget)
+
+
+# Kind by kind
+
+@tried(pictured(), st.lists(st.sampled_from(['good', 'cut', 'hole']), min_size=3, max_size=3))
+def test_a_kind_is_judged_as_if_it_were_alone(x, kinds):
+    maps, masks = x
+    kinds = np.array(kinds[:len(maps)])
+    masks = masks & (kinds != 'good')[:, None, None]
+    scores = maps.mean((1, 2))
+    table = by_kind(scores, kinds, maps, masks, (.3, .05), threshold=0.)
+    assert list(table.index) == sorted(set(kinds)-{'good'})
+    for kind, row in table.iterrows():
+        part = np.isin(kinds, ['good', kind])
+        want = evaluate(scores[part], kinds[part] != 'good', maps[part], masks[part])
+        assert row.drop(['n_images', 'missed']).tolist() == pytest.approx([want[k] for k in table.columns.drop(['n_images', 'missed'])], abs=1e-12, nan_ok=True)
+        assert row.n_images == (kinds == kind).sum() and row.missed == (scores[kinds == kind] <= 0).mean()
 
 
 @tried(scored(both=False), st.sampled_from([np.nan, np.inf, -np.inf]), st.data())
