@@ -416,7 +416,7 @@ def _learn(self:PatchCore, images, plan:Plan|None=None)->tuple[Tensor,Tensor]: #
     self._calibrate([items[i] for i in keep])
     with stage(self.stages_, 'embed'): bank = self._fill(train, plan)
     release()
-    with stage(self.stages_, 'pick'): core, memory_bank = self._pick(bank, plan)
+    with stage(self.stages_, 'coreset'): core, memory_bank = self._pick(bank, plan)
     self.n_images_, self.held_ = len(keep), [items[i] for i in held]+aside
     self.idxs_, self.anchor_dists_, self.sizes_, self.radii_ = core.idxs, core.anchor_dists, core.sizes, core.radii
     self.origin_, self.digests_ = self._places(core.idxs, keep), self._digests(items, keep)
@@ -531,6 +531,16 @@ class Prediction:
         return self.calibration and self.calibration.threshold
 
     @property
+    def map_threshold(self)->float|None: # None: the model has none
+        "An image of whose map any pixel is above it is called anomalous, too."
+        return self.calibration and self.calibration.map_threshold
+
+    @property
+    def promise(self)->str|None: # a key of `thresholds.PROMISES`, or None
+        "What the thresholds promise."
+        return self.calibration and self.calibration.promise
+
+    @property
     def p_values(self)->Tensor|None: # (B,) in (0, 1], or None
         "How probable so high a score is for a good image."
         return None if self.calibration is None else torch.from_numpy(self.calibration.p_values(self.image_scores))
@@ -538,7 +548,7 @@ class Prediction:
     @property
     def regions(self)->Tensor|None: # (B, H, W) bool, or None
         "Where the maps are above their threshold."
-        return None if self.calibration is None or self.calibration.map_threshold is None else self.anomaly_maps > self.calibration.map_threshold
+        return None if self.map_threshold is None else self.anomaly_maps > self.map_threshold
 
     @property
     def verdicts(self)->Tensor|None: # (B,) bool, or None

@@ -393,9 +393,14 @@ def _facts(model:PatchCore)->dict[str,str]:
     of = f' of {model.n_patches_:,}, from {model.n_images_} image{"s" * (model.n_images_ != 1)}' if model.n_patches_ else ''
     facts = {'memory bank': f'{m:,} patches{of} ({m*d*model.memory_bank_.element_size()/2**20:.3g} MB)'}
     if model.radii_ and model.sizes_[-1] == m: facts['cover radius'] = f'{model.radii_[-1]:.4g}'
-    held = model.train_val_split < 1
-    if model.threshold_ is None: return facts | {'threshold': f'none: {"too few" if held else "no"} images were held out'}
-    return facts | {'threshold': f'{model.threshold_:.4g}' + (f', for {100*model.false_alarms:.3g}% false alarms' if held else '')}
+    return facts | {'threshold': _about_threshold(model)}
+
+def _about_threshold(model:PatchCore|Ensemble)->str:
+    "The threshold and its promise."
+    first = model.models[0] if isinstance(model, Ensemble) else model
+    if model.threshold_ is None: return 'none: too few images to find one' if first.false_alarms else 'none: none was asked for'
+    promise = dict(confidence=f'at most {{}} false alarms, with a confidence of {100*(first.confidence or 0):.3g}%', average='at most {} false alarms on average', approximate='about {} false alarms, without a guarantee')
+    return f'{model.threshold_:.4g}: ' + promise.get(model.calibration_.promise, '{} false alarms').format(f'{100*first.false_alarms:.3g}%')
 
 @patch
 def _repr_html_(self:PatchCore):
@@ -412,5 +417,5 @@ def _repr_html_(self:PatchCore):
 def _repr_html_(self:Ensemble):
     fitted = hasattr(self, 'units_')
     rows = [[f'{o.backbone}, {" + ".join(o.layers)}', f'{len(o.memory_bank_):,} patches', f'unit {u:.4g}'] for o, u in zip(self.models, self.units_)] if fitted else [[f'{o.backbone}, {" + ".join(o.layers)}', 'empty: call fit with good images'] for o in self.models]
-    threshold = [] if not fitted or self.threshold_ is None else [['threshold', f'{self.threshold_:.4g}', '']]
+    threshold = [['threshold', _about_threshold(self), '']] if fitted else []
     return f'<b>Ensemble of {len(self)}</b>' + _table_html([[escape(x) for x in row] for row in rows+threshold])

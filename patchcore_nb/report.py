@@ -215,7 +215,7 @@ def threshold_facts(
 )->dict|None: # value, map (of pixels; None: none), promise, rate (of false alarms that was wanted); None: there is no threshold
     "What there is to say of a threshold."
     if prediction.threshold is None or not np.isfinite(prediction.threshold): return None
-    return dict(value=_plain(prediction.threshold), map=_plain(getattr(prediction, 'map_threshold', None)), promise=getattr(prediction, 'promise', None) or 'average',
+    return dict(value=_plain(prediction.threshold), map=_plain(prediction.map_threshold), promise=prediction.promise,
                 rate=_plain(_members(model)[0].false_alarms))
 
 def model_facts(
@@ -259,7 +259,7 @@ def section(
     intervals:pd.DataFrame|None=None, # 95% intervals: a row per figure, columns low and high
     kinds:pd.DataFrame|None=None,     # figures by kind of defect: a row per kind, any columns
     suspects:pd.DataFrame|None=None,  # of the training set: image, score, row, col; strangest first
-    stages:Sequence[dict]|None=None,  # stage, seconds, peak_mb: what took how long, and how much memory
+    stages:Sequence[dict]|None=None,  # stage, seconds, peak_mb, and perhaps the member of an ensemble: what took how long, and how much memory
     most:int=4,               # pictures of each sort
 )->dict: # plain values, which JSON can hold
     "All that a report says of a category."
@@ -302,7 +302,7 @@ ENGLISH = dict(
     patch='strangest patch', patch_near='patch, from near', stored_near='nearest in memory, from near', stored='training image', patch_score='patch score',
     suspects='Suspects in the training set', suspects_note='Training images that the rest of the training set explains least. A defect among them is remembered as normal.', place='Place', place_is='row {row}, column {col}', picture='Image',
     stages='Time and memory', stage='Stage', seconds='Seconds', peak='Peak memory, MB', total='Total',
-    stage_fit='fit', stage_check='check', stage_embed='embed', stage_coreset='coreset', stage_threshold='threshold', stage_predict='predict', stage_evaluate='evaluate', stage_judge='judge', stage_pictures='pictures', stage_save='save', stage_report='report')
+    stage_fit='fit', stage_check='check', stage_embed='embed', stage_coreset='coreset', stage_encode='encode the memory', **{'stage_leave out': 'leave each image out'}, stage_threshold='threshold', stage_predict='predict', stage_evaluate='evaluate', stage_judge='judge', stage_pictures='pictures', stage_save='save', stage_report='report')
 
 # %% ../nbs/09a_report.ipynb #45ed9b9c
 CHINESE = dict(
@@ -332,7 +332,7 @@ CHINESE = dict(
     patch='最异常的图像块', patch_near='图像块放大', stored_near='记忆库中的最近邻（放大）', stored='所在训练图像', patch_score='图像块分数',
     suspects='训练集中的可疑图像', suspects_note='与其余训练图像差异最大的训练图像。若其中混有缺陷，缺陷也会被当作正常记住。', place='位置', place_is='第 {row} 行，第 {col} 列', picture='图像',
     stages='耗时与内存', stage='阶段', seconds='秒', peak='内存峰值（MB）', total='合计',
-    stage_fit='训练', stage_check='检查', stage_embed='特征提取', stage_coreset='核心集采样', stage_threshold='阈值校准', stage_predict='推理', stage_evaluate='评估', stage_judge='评估', stage_pictures='保存图片', stage_save='保存模型', stage_report='生成报告')
+    stage_fit='训练', stage_check='检查', stage_embed='特征提取', stage_coreset='核心集采样', stage_encode='记忆库编码', **{'stage_leave out': '逐图留一评分'}, stage_threshold='阈值校准', stage_predict='推理', stage_evaluate='评估', stage_judge='评估', stage_pictures='保存图片', stage_save='保存模型', stage_report='生成报告')
 
 # %% ../nbs/09a_report.ipynb #9dca6aa9
 TEXTS:dict[str,dict[str,str]] = {'en': ENGLISH, 'zh': CHINESE}
@@ -671,7 +671,7 @@ TEMPLATES['category'] = '''
 {% if s.stages %}
 <h3>{{ t.stages }}</h3>
 <div class="wide"><table class="mids"><thead><tr><th>{{ t.stage }}</th><th>{{ t.seconds }}</th><th></th><th>{{ t.peak }}</th></tr></thead><tbody>
-{% for o in s.stages %}<tr><th scope="row">{{ t.get('stage_'~o.stage, o.stage) }}</th><td>{{ '%.1f' % o.seconds if o.seconds is not none else '–' }}</td>
+{% for o in s.stages %}<tr><th scope="row">{{ t.get('stage_'~o.stage, o.stage) }}{% if o.member %} {{ o.member }}{% endif %}</th><td>{{ '%.1f' % o.seconds if o.seconds is not none else '–' }}</td>
 <td class="left"><svg class="bar" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true"><rect width="{{ '%.1f' % (100*(o.seconds or 0)/s.longest) }}" height="8" style="fill:var(--good)"/></svg></td>
 <td>{{ '{:,.0f}'.format(o.peak_mb) if o.peak_mb is not none else '–' }}</td></tr>{% endfor %}
 <tr class="mean"><th scope="row">{{ t.total }}</th><td>{{ '%.1f' % s.seconds }}</td><td></td><td>{{ '{:,.0f}'.format(s.peak) if s.peak else '' }}</td></tr>
@@ -765,7 +765,7 @@ def _filled(s:dict, i:int, t:dict[str,str])->dict:
     said = [t['kinds_note'].format(low=number(reach[0]), high=number(reach[1])), *([t['log_note']] if log else []), *([t['line_note']] if value is not None else [])]
     kinds = [o | dict(strip=svg_strip(o['scores'], reach, value, o['label'], o['kind'], log)) for o in s['kinds']]
     seconds, peaks = ([o[k] for o in s['stages'] if o.get(k) is not None] for k in ('seconds', 'peak_mb'))
-    stages = [dict(stage='', seconds=None, peak_mb=None) | o for o in s['stages']]
+    stages = [dict(stage='', seconds=None, peak_mb=None, member=None) | o for o in s['stages']]
     return s | _charts(s, t) | dict(anchor=f'category-{i}', facts=_facts(s['model'], t), threshold_said=_threshold_said(s, t), kinds_said=said, kinds=kinds, stages=stages,
         promise=promise and _promise(promise, s['threshold']['rate'], t), kind_columns=list(dict.fromkeys(k for o in kinds for k in o['figures'])),
         shown=[(t[k], s['pictures'][k]) for k in ('faint', 'rings', 'hits') if s['pictures'][k]], longest=max([*seconds, 1e-9]), seconds=sum(seconds), peak=max(peaks, default=None))

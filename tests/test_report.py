@@ -19,6 +19,7 @@ from patchcore_nb.ensemble import Ensemble
 from patchcore_nb.evaluation import evaluate
 from patchcore_nb.patchcore import PatchCore
 from patchcore_nb.report import SIDE, TEXTS, figure_name, figure_text, render, section, texts
+from patchcore_nb.thresholds import Calibration
 
 VOID = {'meta', 'img', 'br', 'hr', 'link', 'input', 'path', 'rect'}
 HEAD = dict(command='patchcore_nb_run ...', date='2026-01-31', device='cpu', versions=dict(torch='2.9'), settings=dict(model=dict(k=1, layers=['a', 'b']), seed=0))
@@ -145,13 +146,12 @@ def test_a_section_is_json(full):
     assert all(len(o[0]) <= 400 for o in full['curves'].values())
     assert render([json.loads(text)], HEAD) == render([full], HEAD)
 
-def test_what_predictions_may_say_one_day(cog, fitted):
+def test_what_predictions_may_say(cog, fitted):
     model, seen, masks = fitted
-    told = replace(seen)
-    told.promise, told.map_threshold, told.p_values = 'confidence', 77.25, np.linspace(0, 1, len(seen))
+    told = replace(seen, calibration=Calibration([1., 2.], None, 'confidence', 5., 77.25))
     words = Page(render([section(model, cog, told, {}, masks=masks)], HEAD, 'en')).words()
     assert 'with confidence' in words and 'Pixels above 77.25' in words and '· p ' in words
-    told.promise = 'one of its {own}'
+    told.calibration.promise = 'one of its {own}'
     assert 'one of its {own}' in Page(render([section(model, cog, told, {}, masks=masks)], {}, 'zh')).words()
 
 
