@@ -22,6 +22,7 @@ _WHERE = {
     'samplers': 'SAMPLERS coreset register_sampler',
     'scorer': 'Scorer',
     'evaluation': 'evaluate',
+    'pixels': 'Tally by_kind',
     'patchcore': 'PatchCore Prediction',
     'ensemble': 'Ensemble',
     'presets': 'PRESETS preset',
