@@ -40,6 +40,7 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/pipeline.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/sweep.py
+	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/pictures.py
 
