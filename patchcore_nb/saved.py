@@ -17,7 +17,7 @@ import pandas as pd
 from PIL import Image
 
 from .core import *
-from .cli import DATA_OPTIONS, LOADER_OPTIONS, WEIGHTS_DIR, _Group, _Size, _once, _part, _with, check_folders, find_categories, saved_models, show_run, speak
+from .cli import DATA_OPTIONS, LOADER_OPTIONS, REPORT_OPTIONS, WEIGHTS_DIR, _Group, _Size, _report_args, _once, _part, _with, check_folders, find_categories, saved_models, show_run, speak
 from .data import image_size
 from .ensemble import Ensemble, bank_unit
 from .experiment import judge_saved
@@ -31,6 +31,7 @@ from .store import load
 @click.option('--gpu', type=int, default=(0,), multiple=True, show_default=True, help='Index of the GPU; the first counts. Without a GPU, 0 warns and takes the CPU; -1 forces the CPU.')
 @click.option('--seed', type=click.IntRange(0, 2**63-1), default=0, show_default=True, help='Seed of how a dataset without a split of its own is split.')
 @click.option('--save_segmentation_images', is_flag=True, help='Save image, mask, map and overlay of every test image.')
+@_with(*REPORT_OPTIONS)
 @click.option('--cache', default=None, help='Folder where the patch embeddings of each image are kept and looked up; may be deleted at any time.')
 def evaluate_cli(**kw):
     "Judge saved models on test sets: RESULTS_PATH patch_core_loader [...] dataset [...]"
@@ -50,9 +51,9 @@ def _evaluate(parts, **group):
     _once([n for n, _ in parts], ('patch_core_loader', 'dataset'))
     flags, folder = dict(parts), Path(group['results_path'])
     check_folders(flags['patch_core_loader'])
-    categories = find_categories(group, flags['dataset'])
+    categories = find_categories(group['seed'], flags['dataset'])
     models = saved_models(group, flags['patch_core_loader'], flags['dataset'], categories)
-    done = judge_saved(models, categories, folder, (lambda o: folder) if group['save_segmentation_images'] else None)
+    done = judge_saved(models, categories, folder, (lambda o: folder) if group['save_segmentation_images'] else None, **_report_args(group))
     click.echo(show_run(done, group | dict(save_segmentation_images=False, save_patchcore_model=False)))
 
 # %% ../nbs/12a_saved.ipynb #cda1b9aa
