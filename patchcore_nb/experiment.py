@@ -88,8 +88,9 @@ def look_closer(
 def with_mean(
     report:pd.DataFrame, # a row per category
 )->pd.DataFrame: # the same and a last row "Mean", over the categories that have the figure
-    "Add the mean of each column."
-    return pd.concat([report, report.mean().to_frame('Mean').T])
+    "Add the mean of each column; thresholds have none."
+    mean = report.mean().where([not str(o).endswith('threshold') for o in report], np.nan)
+    return pd.concat([report, mean.to_frame('Mean').T])
 
 def write_results(
     report:pd.DataFrame, # as `with_mean` returns it
@@ -285,7 +286,7 @@ def _write_section(folder:Path, model:PatchCore|Ensemble, category:Category, pre
     first = _members(model)[0]
     known = first.left_out_ is not None and category.train
     suspects = first.suspects().assign(image=lambda t: [str(category.train[i].path) for i in t.image]) if known else None
-    found = section(model, category, prediction, figures, masks=details.masks, intervals=details.intervals, kinds=details.kinds, suspects=suspects, stages=stages)
+    found = section(model, category, prediction, figures, masks=details.masks, intervals=details.intervals, kinds=details.kinds.reindex(columns=['image_auroc', 'pixel_auroc', 'pixel_ap', 'aupro', 'aupimo']).dropna(axis=1, how='all'), suspects=suspects, stages=stages)
     with replacing(make_folder(folder/SECTIONS)/f'{category.key}.json') as temp: temp.write_text(json.dumps(found, allow_nan=False), encoding='utf-8')
 
 def write_report(

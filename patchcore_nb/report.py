@@ -151,7 +151,7 @@ def scores_by_kind(
         own = scores[[(o.label, o.kind) == (label, kind) for o in samples]]
         more = kinds.loc[kind] if kinds is not None and kind in kinds.index else {}
         found.append(dict(kind=kind, label=label, scores=[_plain(o) for o in own], called=None if threshold is None else int((own > threshold).sum()),
-                          figures={str(k): _plain(v) for k, v in dict(more).items() if k not in ('images', 'n')}))
+                          figures={str(k): _plain(v) for k, v in dict(more).items() if k not in ('images', 'n', 'n_images', 'missed')}))
     return found
 
 # %% ../nbs/09a_report.ipynb #e07dc6f5
@@ -279,11 +279,13 @@ ENGLISH = dict(
     tag='en', title='PatchCore report', run='The run', command='Command', date='Date', device='Device', versions='Versions', settings='Settings',
     summary='Summary', category='Category', mean='Mean', interval='95% interval', figures='Figures', figure='Figure', value='Value', gap=' ', stop='. ', colon=': ', back='Back to the summary',
     summary_note='Figures of the test images, from 0 to 1; false alarms and missed are shares at the threshold.',
-    interval_note='Small numbers are 95% intervals.', limit_note='AUPRO is taken up to a false positive rate of {limit:g}.',
+    interval_note='Small numbers are 95% intervals, from a thousand draws of the test images; where no draw differs, as with a perfect average precision, there is none.', limit_note='AUPRO is taken up to a false positive rate of {limit:g}.',
     made_of='{train:,} training images of {h} × {w} pixels as the network sees them. {good:,} good and {defective:,} defective test images.',
     remembers='Memory bank of {patches:,} patches.', remembers_of='Memory bank of {patches:,} of {of:,} patches.', radius='Cover radius {radius}.',
     figure_image_auroc='image AUROC', figure_image_ap='image AP', figure_image_f1max='image F1max', figure_pixel_auroc='pixel AUROC',
-    figure_anomaly_pixel_auroc='pixel AUROC, defective images', figure_pixel_ap='pixel AP', figure_pixel_f1max='pixel F1max', figure_aupro='AUPRO',
+    figure_anomaly_pixel_auroc='pixel AUROC, defective images', figure_pixel_ap='pixel AP', figure_pixel_f1max='pixel F1max', figure_aupro='AUPRO', **{'figure_aupro_0.05': 'AUPRO up to 0.05'}, figure_aupimo='AUPIMO', figure_seg_f1='SegF1',
+    figure_image_f1max_threshold='threshold of the image F1max', figure_pixel_f1max_threshold='threshold of the pixel F1max',
+    figure_anomaly_pixel_ap='pixel AP, defective images', figure_anomaly_pixel_f1max='pixel F1max, defective images', figure_anomaly_aupro='AUPRO, defective images',
     figure_threshold='threshold', figure_map_threshold='threshold of pixels', figure_false_alarms='false alarms', figure_missed='missed', figure_search_recall='search recall',
     scores='Image scores', image_score='image score', images='images', good='good', defective='defective',
     threshold='Threshold', threshold_is='Images that score above {value} are called anomalous.', map_threshold_is='Pixels above {value} are marked.',
@@ -309,11 +311,13 @@ CHINESE = dict(
     tag='zh-CN', title='PatchCore 异常检测报告', run='运行信息', command='命令行', date='日期', device='设备', versions='版本', settings='参数设置',
     summary='结果汇总', category='类别', mean='平均', interval='95% 置信区间', figures='指标', figure='指标', value='数值', gap='', stop='。', colon='：', back='返回汇总',
     summary_note='各项指标均在测试图像上计算，取值 0 到 1；误报率与漏检率按阈值统计。',
-    interval_note='小号数字为 95% 置信区间。', limit_note='AUPRO 的假阳性率上限为 {limit:g}。',
+    interval_note='小号数字为 95% 置信区间，由测试图像重采样一千次得到；若各次结果完全相同（例如 AP 恒为 1），则不给出区间。', limit_note='AUPRO 的假阳性率上限为 {limit:g}。',
     made_of='训练图像 {train:,} 张，网络输入尺寸 {h} × {w} 像素。测试图像中正常 {good:,} 张，缺陷 {defective:,} 张。',
     remembers='记忆库含 {patches:,} 个图像块特征。', remembers_of='记忆库从 {of:,} 个图像块特征中保留 {patches:,} 个。', radius='覆盖半径 {radius}。',
     figure_image_auroc='图像级 AUROC', figure_image_ap='图像级 AP', figure_image_f1max='图像级 F1max', figure_pixel_auroc='像素级 AUROC',
-    figure_anomaly_pixel_auroc='像素级 AUROC（仅缺陷图像）', figure_pixel_ap='像素级 AP', figure_pixel_f1max='像素级 F1max', figure_aupro='AUPRO',
+    figure_anomaly_pixel_auroc='像素级 AUROC（仅缺陷图像）', figure_pixel_ap='像素级 AP', figure_pixel_f1max='像素级 F1max', figure_aupro='AUPRO', **{'figure_aupro_0.05': 'AUPRO（上限 0.05）'}, figure_aupimo='AUPIMO', figure_seg_f1='SegF1',
+    figure_image_f1max_threshold='图像级 F1max 对应阈值', figure_pixel_f1max_threshold='像素级 F1max 对应阈值',
+    figure_anomaly_pixel_ap='像素级 AP（仅缺陷图像）', figure_anomaly_pixel_f1max='像素级 F1max（仅缺陷图像）', figure_anomaly_aupro='AUPRO（仅缺陷图像）',
     figure_threshold='阈值', figure_map_threshold='像素阈值', figure_false_alarms='误报率', figure_missed='漏检率', figure_search_recall='近邻检索召回率',
     scores='图像异常分数', image_score='图像异常分数', images='图像数', good='正常', defective='缺陷',
     threshold='阈值', threshold_is='异常分数高于 {value} 的图像判为异常。', map_threshold_is='高于 {value} 的像素会被标出。',
