@@ -16,7 +16,7 @@ import click
 import torch
 
 from .core import *
-from .data import Category, Preprocess, check_options, dataset_names, image_size, load_category, parse_pixels
+from .data import Category, check_options, dataset_names, image_size, load_category, parse_pixels
 from .demo import DEMO_CATEGORIES # the import registers the set
 import patchcore_nb.layouts # and this one the others
 from .extractor import BACKBONES, PRECISIONS
@@ -215,7 +215,7 @@ def make_model(
 def show_run(
     done:Run,   # as `run` returns it
     group:dict, # flags of the command itself
-    search:str='exact', # of neighbours
+    search:str='exact', # of neighbours; saved models bring their own
 )->str: # several lines
     "The results table and where things are."
     columns = {'image_auroc': 'image AUROC', 'pixel_auroc': 'pixel AUROC', 'anomaly_pixel_auroc': 'anomaly pixel AUROC', 'threshold': 'threshold', 'false_alarms': 'false alarms', 'missed': 'missed'}
@@ -223,7 +223,7 @@ def show_run(
     lines = ['', table.to_string(float_format='%.4f', na_rep='-'), '', f'results:  {done.folder/"results.csv"}']
     if group['save_segmentation_images']: lines.append(f'pictures: {done.folder/"segmentation_images"}')
     if group['save_patchcore_model']: lines.append(f'models:   {done.folder/"models"}')
-    if 'search_recall' in done.report: lines.append(f'search:   {search} finds {done.report["search_recall"].min():.4%} of the nearest neighbours or more')
+    if 'search_recall' in done.report: lines.append(f'search:   {", ".join(done.searches) or search} finds {done.report["search_recall"].min():.4%} of the nearest neighbours or more')
     if done.done_before: lines.append(f'resumed:  {done.done_before} categories had been done before')
     return '\n'.join(lines)
 
@@ -240,12 +240,12 @@ def patch_core_loader(**kw): return _part('patch_core_loader', kw)
 # %% ../nbs/12_cli.ipynb #ebd7984d
 def sizes_for(
     data:dict,          # flags of dataset
-    category:Category,  # whose first test image tells its shape, where nothing is cut
+    category:Category,  # whose first image tells its shape, where nothing is cut
 )->dict: # arguments of `load`
     "The image size that the flags ask of a saved model; empty, if they ask for none."
     if data['no_crop'] and 'imagesize' in data['given']: raise click.UsageError('--no_crop leaves nothing for --imagesize to say: pass one of them')
-    if data['no_crop']: return dict(resize=Preprocess(data['resize'], None).settle(image_size(category.test[0].path)).resize, imagesize='whole')
-    return {k: data[k] for k in ('resize', 'imagesize') if k in data['given']}
+    given = {k: data[k] for k in ('resize', 'imagesize') if k in data['given']}
+    return given | dict(imagesize='whole', shape=image_size((category.train or category.test)[0].path)) if data['no_crop'] else given
 
 def _check_data(data:dict)->dict: # options of the dataset's own
     "Refuse a dataset, options or categories that cannot be, before any file is looked at."
@@ -257,10 +257,11 @@ def _check_data(data:dict)->dict: # options of the dataset's own
 def find_categories(
     group:dict, # flags of the command itself
     data:dict,  # of dataset
+    need_train:bool=True, # must there be images to learn from?
 )->list[Category]:
     "The categories that the flags name."
     options = _check_data(data)
-    try: return [load_category(data['name'], data['data_path'], d, seed=group['seed'], **options) for d in data['subdatasets']]
+    try: return [load_category(data['name'], data['data_path'], d, seed=group['seed'], need_train=need_train, **options) for d in data['subdatasets']]
     except OSError as e: raise DataError(f"{data['data_path']} cannot be read ({e.strerror}): check the path and its permissions") from None
 
 # %% ../nbs/12_cli.ipynb #b84c2671
@@ -278,8 +279,10 @@ def saved_models(
     categories:Sequence[Category],
 )->list[Callable]: # functions that load one model each
     "What `judge_saved` takes."
-    sizes = [sizes_for(data, o) if o.test else {} for o in categories]
-    return [partial(load, o, **_runtime(group, loader, data), **size) for o, size in zip(loader['patch_core_paths'], sizes*len(loader['patch_core_paths']))]
+    paths = loader['patch_core_paths']
+    if len(paths) == 1 and data['no_crop']: paths = paths*len(categories)
+    sizes = [sizes_for(data, o) if o.train or o.test else {} for o in categories]
+    return [partial(load, o, **_runtime(group, loader, data), **size) for o, size in zip(paths, sizes*len(paths))]
 
 # %% ../nbs/12_cli.ipynb #f18a7229
 def _once(names:Sequence[str], wanted:Sequence[str], unwanted:Sequence[str]=()):
@@ -302,7 +305,7 @@ def _run_saved(flags:dict, group:dict):
     _refuse(group, ('preset', 'save_patchcore_model', 'resume', 'memory_budget', 'model_format'), 'is for fitting, and saved models are fitted')
     _refuse(data, ('augment', 'train_val_split'), 'is for fitting, and saved models are fitted')
     check_folders(loader)
-    categories = find_categories(group, data)
+    categories = find_categories(group, data, need_train=False)
     models = saved_models(group, loader, data, categories)
     folder = run_folder(group['results_path'], group['log_project'], group['log_group'])
     done = judge_saved(models, categories, folder, (lambda o: folder/'segmentation_images'/o.key) if group['save_segmentation_images'] else None)

@@ -181,6 +181,7 @@ class Run:
     folder:Path         # RESULTS_PATH/LOG_PROJECT/LOG_GROUP
     report:pd.DataFrame # a row per category and "Mean"; all figures
     done_before:int     # categories that an earlier, resumed run had finished
+    searches:tuple[str,...]=() # how saved models search, those that do not search exactly
 
 # %% ../nbs/10_experiment.ipynb #05fbaa92
 def _fit(model:PatchCore|Ensemble, category:Category, folder:Path):
@@ -262,18 +263,19 @@ def judge_saved(
     folder:str|Path,               # where results.csv, metrics.csv and scores/ go
     pictures:Callable|None=None,   # category -> folder of its pictures; None: no pictures
 )->Run:
-    "Judge saved models on test sets."
+    "Judge saved models on test sets; their training images are not looked at."
     if len(models) not in (1, len(categories)): raise ArgumentError(f'{len(models)} models for {len(categories)} categories: pass one for all, or one for each in the order of -d')
     for o in categories:
         if not o.test: raise DataError(f'{o.key} has no test images: put some into test/good and test/DEFECT')
-        check_category(o)
-    folder, report, model = make_folder(folder), pd.DataFrame(), None
+        check_category(Category(**vars(o) | dict(train=[], calibration=[])))
+    folder, report, model, searches = make_folder(folder), pd.DataFrame(), None, {}
     for i, o in enumerate(categories):
         if i < len(models): model = models[i]()
         figures = _report(model, o, folder/'scores'/f'{o.key}.csv', pictures and pictures(o))
+        searches |= {m.search: None for m in _members(model) if m.search != 'exact'}
         report = pd.concat([report, pd.DataFrame(figures, [o.key])])
         _write_tables(folder, report)
-    return Run(folder, with_mean(report), 0)
+    return Run(folder, with_mean(report), 0, tuple(searches))
 
 # %% ../nbs/10_experiment.ipynb #0b2370ad
 class Nested(Exact):
@@ -366,7 +368,7 @@ def sweep(
     whole = model.fresh()
     _check_sweep(whole, category, ratios, ks, hows)
     whole.ratio, whole.k, whole.patch_score = ratios[-1], ks[0], hows[0]
-    bank = whole._learn(category)
+    bank, _ = whole._learn(category)
     sizes = [whole._smaller(r) for r in ratios]
     found = _sweep_scores(whole, bank, as_items(category.test), sizes, ks, hows)
     labels, masks = np.array([o.label for o in category.test]), read_masks(category.test, whole.preprocess_)
