@@ -244,9 +244,10 @@ def make_miniature(
     n_train:int=4,         # good training images
     size:tuple=(48, 40),   # height and width, pixels
     masks:bool=True,       # write masks?
+    seed:int=0,            # of the noise
 )->Path: # `root`
     "A tiny set in MVTec's layout, for tests: grey noise, and two test images with a bright spot."
-    rng, home = np.random.default_rng(0), Path(root)/category
+    rng, home = np.random.default_rng(seed), Path(root)/category
     def save(a, *parts):
         path = home.joinpath(*parts)
         path.parent.mkdir(parents=True, exist_ok=True)
