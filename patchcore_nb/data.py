@@ -101,29 +101,31 @@ def find_dataset(
     return DATASETS.setdefault(name, loader)
 
 # %% ../nbs/01_data.ipynb #f961ddf9
+def _arguments(dataset:str)->list[str]: return list(inspect.signature(find_dataset(dataset)).parameters)[2:]
+
 def dataset_options(
     dataset:str, # one of `dataset_names`
 )->list[str]: # names of its loader's further arguments
     "What can be passed to `load_category` for this dataset."
-    return list(inspect.signature(find_dataset(dataset)).parameters)[2:]
+    return [o for o in _arguments(dataset) if o != 'need_train']
 
 def check_options(
     dataset:str,  # one of `dataset_names`
-    options:dict, # what is to be passed to its loader; a seed always may
+    options:dict, # what is to be passed to its loader; `seed` and `need_train` always may
 )->dict: # what the loader takes of it
     "Refuse options that a dataset does not have."
     known = dataset_options(dataset)
     for o in options:
-        if o in known or o == 'seed': continue
+        if o in known or o in ('seed', 'need_train'): continue
         if known: raise unknown(f'option of dataset {dataset}', o, known)
         raise ArgumentError(f'dataset {dataset} takes no options, got {o}: leave it out')
-    return {k: v for k, v in options.items() if k in known}
+    return {k: v for k, v in options.items() if k in _arguments(dataset)}
 
 def load_category(
     dataset:str,   # one of `dataset_names`
     root:str|Path, # folder of the dataset (DATA_PATH on the command line)
     category:str,  # name of one category
-    **options      # those of `dataset_options`, and `seed`
+    **options      # those of `dataset_options`, `seed`, and `need_train`: must there be images to learn from?
 )->Category:
     "Find the images of one category."
     return find_dataset(dataset)(Path(root), category, **check_options(dataset, options))
@@ -208,11 +210,12 @@ def read_layout(
     calibration:str='',    # folder of good images put aside
     any_value:bool=False,  # does any value of a mask mark the defect?
     strict:bool=True,      # must test images and masks be there?
+    need_train:bool=True,  # must good images to learn from be there? what a fitted model is judged on needs none
 )->Category:
     "A category in a layout like MVTec AD's."
     home = find_home(dataset, root, category, f'train/{good}')
-    train = list_good(dataset, home/'train'/good)
-    aside = list_good(dataset, home/calibration) if calibration else []
+    def learn_from(folder): return list_good(dataset, folder) if need_train or (folder.is_dir() and list_images(folder)) else []
+    train, aside = learn_from(home/'train'/good), learn_from(home/calibration) if calibration else []
     samples = _read_tests(home/test, home/truth, good, any_value)
     if strict and not samples: raise wrong_layout(dataset, f'{home/test} holds no folders of images: put good and defective test images into it')
     if strict and not any(o.mask for o in samples): raise wrong_layout(dataset, f'{home/truth} holds no mask of any defective image in {home/test}: put the masks into it')
@@ -227,9 +230,10 @@ def read_layout(
 def mvtec(
     root:Path,    # folder that holds the categories
     category:str, # any of its folders
+    need_train:bool=True, # must train/good be there?
 )->Category:
     "A category in MVTec AD's layout."
-    return read_layout('mvtec', root, category, strict=False)
+    return read_layout('mvtec', root, category, strict=False, need_train=need_train)
 
 # %% ../nbs/01_data.ipynb #85f7fe40
 def _spot(shape, y, x, r): return (np.hypot(*(np.mgrid[:shape[0], :shape[1]]-np.array([y, x])[:, None, None])) < r)
@@ -240,9 +244,10 @@ def make_miniature(
     n_train:int=4,         # good training images
     size:tuple=(48, 40),   # height and width, pixels
     masks:bool=True,       # write masks?
+    seed:int=0,            # of the noise
 )->Path: # `root`
     "A tiny set in MVTec's layout, for tests: grey noise, and two test images with a bright spot."
-    rng, home = np.random.default_rng(0), Path(root)/category
+    rng, home = np.random.default_rng(seed), Path(root)/category
     def save(a, *parts):
         path = home.joinpath(*parts)
         path.parent.mkdir(parents=True, exist_ok=True)

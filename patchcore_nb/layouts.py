@@ -105,9 +105,10 @@ def make_layout(
 def mpdd(
     root:Path,    # folder that holds the categories
     category:str, # bracket_black, bracket_brown, bracket_white, connector, metal_plate or tubes
+    need_train:bool=True, # must images to learn from be there?
 )->Category:
     "A category of MPDD, the metal parts defect detection set."
-    return read_layout('mpdd', root, category)
+    return read_layout('mpdd', root, category, need_train=need_train)
 
 @register_dataset('btad', '''
     DATA_PATH/01/train/ok/0000.bmp                             good images to learn from
@@ -118,9 +119,10 @@ def mpdd(
 def btad(
     root:Path,    # folder that holds the categories
     category:str, # 01, 02 or 03
+    need_train:bool=True, # must images to learn from be there?
 )->Category:
     "A category of BTAD, the beanTech anomaly detection set."
-    return read_layout('btad', root, category, good='ok')
+    return read_layout('btad', root, category, good='ok', need_train=need_train)
 
 # %% ../nbs/01b_layouts.ipynb #38cb63d1
 @register_dataset('mvtec_loco', '''
@@ -133,9 +135,10 @@ def btad(
 def mvtec_loco(
     root:Path,    # folder that holds the categories
     category:str, # breakfast_box, juice_bottle, pushpins, screw_bag or splicing_connectors
+    need_train:bool=True, # must images to learn from be there?
 )->Category:
     "A category of MVTec LOCO AD."
-    return read_layout('mvtec_loco', root, category, calibration='validation/good', any_value=True)
+    return read_layout('mvtec_loco', root, category, calibration='validation/good', any_value=True, need_train=need_train)
 
 # %% ../nbs/01b_layouts.ipynb #9c6572fc
 @register_dataset('mvtec_ad2', '''
@@ -150,9 +153,10 @@ def mvtec_loco(
 def mvtec_ad2(
     root:Path,    # folder that holds the categories
     category:str, # can, fabric, fruit_jelly, rice, sheet_metal, vial, wallplugs or walnuts
+    need_train:bool=True, # must images to learn from be there?
 )->Category:
     "A category of MVTec AD 2."
-    found = read_layout('mvtec_ad2', root, category, test='test_public', truth='test_public/ground_truth', calibration='validation/good')
+    found = read_layout('mvtec_ad2', root, category, test='test_public', truth='test_public/ground_truth', calibration='validation/good', need_train=need_train)
     private = [Path(root)/category/o for o in ('test_private', 'test_private_mixed')]
     folders = [p for o in private if o.is_dir() for p in (o, *subfolders(o))]
     return replace(found, unlabelled=[Sample(p, kind='unknown') for o in folders for p in list_images(o)])

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from .core import *
 from .core import unknown
+from .data import Preprocess
 from .ensemble import Ensemble
 from .patchcore import RUNTIME, PatchCore, reference_name, split_seed
+from .thresholds import Calibration, read_calibration
 
 # %% ../nbs/08_store.ipynb #4ec8f036
 FORMAT = 'patchcore_nb model 1'
@@ -81,26 +83,50 @@ def _wake(folder:Path, state:dict, tensors:dict, runtime:dict, resized:bool=Fals
         raise DataError(f'{folder} holds a model that does not fit together ({why(e)}): fit it again') from None
 
 # %% ../nbs/08_store.ipynb #ce8b852a
-def _at_size(values:dict, sizes:dict)->dict: # a new one
-    "A model's values at another image size; its grid is found anew, and its threshold is gone."
-    params, learned = values['params'] | sizes, dict(values['learned'])
-    if params == values['params']: return values
-    whole = params['imagesize'] is None
-    if whole and isinstance(params['resize'], int) and values['params']['imagesize'] is not None: raise ArgumentError('nothing shall be cut, but the shape of the images is not known: pass resize=(height, width) as well')
-    if learned.get('threshold') is not None: warnings.warn('the threshold belongs to images of the size that the model was fitted at: at another size it has none')
-    return values | dict(params=params, learned=learned | dict(threshold=None, size=learned.get('size') if whole else None))
+def _seen(params:dict, shape:tuple[int,int]|None)->tuple: # equal for equal sizes
+    "What the network sees of an image, settled by an image of `shape` (width, height) where nothing is cut."
+    pre = Preprocess(params['resize'], params['imagesize'])
+    if shape and not pre.size: pre = pre.settle(shape)
+    return pre.resize, pre.size, pre.imagesize is None
 
-def _load_ours(folder:Path, prefix:str, sizes:dict, runtime:dict)->PatchCore:
+def _own_shape(values:dict)->tuple[int,int]|None: # (width, height)
+    "The shape that settled a model in which nothing is cut."
+    size = values['learned'].get('size')
+    return tuple(size[::-1]) if size and values['params']['imagesize'] is None else None
+
+def _same_size(values:dict, sizes:dict, shape:tuple[int,int]|None)->bool:
+    "Does a model see images as it did when it was fitted?"
+    params, own = values['params'] | sizes, _own_shape(values)
+    return not sizes or _seen(params, shape or own) == _seen(values['params'], own)
+
+def _no_threshold(): warnings.warn('the threshold belongs to images of the size that the model was fitted at: at another size it has none')
+
+def _at_size(values:dict, sizes:dict, shape:tuple[int,int]|None)->dict: # a new one
+    "A model's values at another image size; its grid is found anew, and its threshold is gone."
+    if _same_size(values, sizes, shape): return values
+    params, learned, shape = values['params'] | sizes, values['learned'], shape or _own_shape(values)
+    whole = params['imagesize'] is None
+    if whole and isinstance(params['resize'], int) and not shape: raise ArgumentError('nothing shall be cut, but the shape of the images is not known: pass resize=(height, width), or the shape of an image')
+    if (learned.get('calibration') or {}).get('threshold') is not None: _no_threshold()
+    return values | dict(params=params, learned=learned | dict(calibration=None, size=list(shape[::-1]) if whole and shape else None))
+
+def _read_tensors(folder:Path, prefix:str)->dict:
+    "Our safetensors file, whose memory bank is one."
+    try:
+        tensors = load_tensors((folder/f'{prefix}{TENSORS}').read_bytes())
+        bank = tensors['memory_bank']
+        if bank.ndim != 2: raise ValueError(f'a memory bank of shape {tuple(bank.shape)}')
+        if bank.dtype != torch.float32 or not bank.isfinite().all(): raise ValueError('a memory bank that does not hold finite float32')
+        return tensors
+    except Exception as e: raise DataError(f'{folder} holds a model that does not fit together ({why(e)}): fit it again') from None
+
+def _load_ours(folder:Path, prefix:str, sizes:dict, shape:tuple[int,int]|None, runtime:dict)->PatchCore:
     "A model in our format."
     values = _read_values(folder/f'{prefix}{VALUES}')
     _check_digests(folder, values['sha256'], prefix)
-    try:
-        tensors = load_tensors((folder/f'{prefix}{TENSORS}').read_bytes())
-        bank, values = tensors['memory_bank'], _at_size(values, sizes)
-        if bank.ndim != 2: raise ValueError(f'a memory bank of shape {tuple(bank.shape)}')
-        if bank.dtype != torch.float32 or not bank.isfinite().all(): raise ValueError('a memory bank that does not hold finite float32')
-    except Exception as e: raise DataError(f'{folder} holds a model that does not fit together ({why(e)}): fit it again') from None
-    return _wake(folder, values, tensors, runtime, bool(sizes))
+    try: _same_size(values, dict(resize=values['params']['resize']), None)
+    except Exception as e: raise DataError(f'{folder/prefix}{VALUES} tells no size of images ({why(e)}): the model is damaged, fit it again') from None
+    return _wake(folder, _at_size(values, sizes, shape), _read_tensors(folder, prefix), runtime, bool(sizes))
 
 # %% ../nbs/08_store.ipynb #d9d934a2
 HEADER = struct.Struct('<4siqqqBiQ') # kind, D, M, two fillers, trained, metric, number of floats: 45 bytes
@@ -179,6 +205,8 @@ def read_reference_params(
 # %% ../nbs/08_store.ipynb #8d812bab
 PARAMS, INDEX = 'patchcore_params.pkl', 'nnscorer_search_index.faiss'
 
+def _usual_resize(imagesize:int|tuple[int,int])->int: return round((min(imagesize) if isinstance(imagesize, tuple) else imagesize)*8/7)
+
 def not_in_reference(
     model:PatchCore, # fitted or not
 )->list[str]: # empty if the reference can express the model
@@ -188,6 +216,7 @@ def not_in_reference(
     why = [] if reference_name(name) else [f'the backbone {name}']
     own = {k: tuple(o) if isinstance(o := getattr(model, k), list) else o for k in plain}
     odd = [k for k in ('pretrain_dim', 'target_dim', 'imagesize', 'resize') if not isinstance(getattr(model, 'scale_to' if k == 'resize' else k), int)] # it knows but whole numbers
+    if not {'imagesize', 'resize'} & {*odd} and model.scale_to != _usual_resize(model.imagesize): odd.append('resize') # which it does not tell
     return why+[f'{k} {own[k]!r}' for k in plain if own[k] != plain[k]]+[f"{k} {model.get_params()[k]!r}" for k in odd]
 
 def _write_reference(model:PatchCore, folder:Path, prefix:str='')->list[Path]:
@@ -200,16 +229,17 @@ def _write_reference(model:PatchCore, folder:Path, prefix:str='')->list[Path]:
     write_faiss_flat(paths[1], model.memory_bank_)
     return paths
 
-def _load_reference(folder:Path, prefix:str, sizes:dict, runtime:dict)->PatchCore:
+def _load_reference(folder:Path, prefix:str, sizes:dict, shape:tuple[int,int]|None, runtime:dict)->PatchCore:
     "A model in the reference's format."
     p, bank = read_reference_params(folder/f'{prefix}{PARAMS}'), read_faiss_flat(folder/f'{prefix}{INDEX}')
     if len(p['input_shape']) != 3: raise DataError(f"{folder/prefix}{PARAMS} is for images of {p['input_shape']}: a shape of three numbers is expected")
     _, h, w = p['input_shape']
-    size = sizes.get('imagesize', h if h == w else (h, w))
+    size = h if h == w else (h, w)
     if bank.shape[1] != p['target_embed_dimension']: raise DataError(f"{folder} holds patches of {bank.shape[1]} values, but its parameters say {p['target_embed_dimension']}: the two files do not belong together")
     params = dict(backbone=p['backbone.name'], layers=p['layers_to_extract_from'], k=p['anomaly_scorer_num_nn'], patchsize=p['patchsize'], stride=p['patchstride'],
-                  pretrain_dim=p['pretrain_embed_dimension'], target_dim=p['target_embed_dimension'], imagesize=size, resize=sizes.get('resize') or round(min(size if isinstance(size, tuple) else (size or h,))*8/7))
-    return _wake(folder, dict(params=params, learned={}), dict(memory_bank=bank), runtime, bool(sizes))
+                  pretrain_dim=p['pretrain_embed_dimension'], target_dim=p['target_embed_dimension'], imagesize=size, resize=_usual_resize(size))
+    if sizes: sizes = dict(resize=_usual_resize(sizes.get('imagesize') or size)) | sizes
+    return _wake(folder, _at_size(dict(params=params, learned={}), sizes, shape), dict(memory_bank=bank), runtime, bool(sizes))
 
 # %% ../nbs/08_store.ipynb #e77447c6
 FORMATS = 'both', 'ours', 'reference'
@@ -226,16 +256,24 @@ def formats_for(
     if why and model_format == 'reference': raise ArgumentError(f'{said}: pass --model_format ours')
     return model_format != 'reference', model_format != 'ours' and not why, f'{said}: the model is written in our format alone' if why else ''
 
+def _file_of(name:str, *files:str)->re.Match|None: # groups: prefix; number of the member; number of members; file
+    "Is this one of these files, of a single model or of a member?"
+    return re.fullmatch(rf"(Ensemble-(\d+)-(\d+)_)?({'|'.join(map(re.escape, files))})", name)
+
 def _check_place(folder:Path):
     "Refuse to replace a folder that holds other things than a model."
-    ends = TENSORS, VALUES, ENSEMBLE, PARAMS, INDEX
-    others = [p.name for p in folder.iterdir() if not p.name.endswith(ends)] if folder.is_dir() else []
+    others = [p.name for p in folder.iterdir() if not (p.is_file() and (p.name == ENSEMBLE or _file_of(p.name, TENSORS, VALUES, PARAMS, INDEX)))] if folder.is_dir() else []
     if others: raise DataError(f'{folder} holds other things than a model ({min(others)}): choose another folder')
 
 # %% ../nbs/08_store.ipynb #faa3e622
 ENSEMBLE = 'ensemble.json'
 
 def _prefix(i:int, n:int)->str: return f'Ensemble-{i+1}-{n}_'
+
+def _write_ensemble(folder:Path, prefixes:list[str], calibration:Calibration|None):
+    "Write what belongs to no member, beside the members' files."
+    values = dict(format=FORMAT, members=prefixes, calibration=calibration and vars(calibration), sha256={o: digest(folder/f'{o}{VALUES}') for o in prefixes})
+    (folder/ENSEMBLE).write_text(json.dumps(values, indent=1)+'\n', encoding='utf-8')
 
 def save(
     model:PatchCore|Ensemble, # fitted
@@ -246,46 +284,60 @@ def save(
     ours, reference, said = formats_for(model, model_format)
     group = isinstance(model, Ensemble)
     members = {_prefix(i, len(model)): o for i, o in enumerate(model.models)} if group else {'': model}
-    if not all(hasattr(o, 'memory_bank_') for o in members.values()): raise ArgumentError(f'this {type(model).__name__} remembers nothing yet: call fit before saving')
+    if not all(hasattr(o, 'memory_bank_') for o in members.values()) or (group and not hasattr(model, 'units_')): raise ArgumentError(f'this {type(model).__name__} remembers nothing yet: call fit before saving')
     if said: warnings.warn(said)
     _check_place(Path(folder))
+    if group: model.refresh()
     with replacing_folder(folder) as temp:
         for prefix, o in members.items():
             more = _write_reference(o, temp, prefix) if reference else []
             if ours: _write_ours(o, temp, more, prefix)
-        if ours and group: (temp/ENSEMBLE).write_text(json.dumps(dict(format=FORMAT, members=list(members), threshold=model.threshold_), indent=1)+'\n', encoding='utf-8')
+        if ours and group: _write_ensemble(temp, list(members), model.calibration_)
     return Path(folder)
 
 # %% ../nbs/08_store.ipynb #7768ae2d
 def _members(folder:Path)->list[str]: # prefixes, in order
     "The members of an ensemble; none, if the folder holds none."
-    found = {m[0]: (int(m[1]), int(m[2])) for p in folder.iterdir() if (m := re.match(r'Ensemble-(\d+)-(\d+)_', p.name)) and p.name.endswith((VALUES, PARAMS))}
+    found = {m[1]: (int(m[2]), int(m[3])) for p in folder.iterdir() if (m := _file_of(p.name, VALUES, PARAMS)) and m[1]}
     n = max((n for _, n in found.values()), default=0)
     missing = [_prefix(i, n) for i in range(n) if _prefix(i, n) not in found]
     if missing or len(found) != n: raise DataError(f"{folder} holds an incomplete ensemble ({', '.join(missing) or 'members of several'}): copy the whole folder")
     return [_prefix(i, n) for i in range(n)]
 
-def _load_one(folder:Path, prefix:str, sizes:dict, runtime:dict)->PatchCore:
+def _load_one(folder:Path, prefix:str, *how)->PatchCore:
     "A single model, or a member."
-    if (folder/f'{prefix}{VALUES}').is_file(): return _load_ours(folder, prefix, sizes, runtime)
-    if (folder/f'{prefix}{PARAMS}').is_file(): return _load_reference(folder, prefix, sizes, runtime)
+    if (folder/f'{prefix}{VALUES}').is_file(): return _load_ours(folder, prefix, *how)
+    if (folder/f'{prefix}{PARAMS}').is_file(): return _load_reference(folder, prefix, *how)
     raise DataError(f'{folder} holds no model: neither {prefix}{VALUES} nor {prefix}{PARAMS} is there')
 
-def _read_ensemble(folder:Path, prefixes:list[str])->float|None:
-    "The threshold of an ensemble, if it is one of ours."
+def _read_ensemble(folder:Path, prefixes:list[str])->Calibration|None:
+    "What the scores of an ensemble are held against, if it is one of ours."
     if not (folder/ENSEMBLE).is_file(): return None
     try:
         values = json.loads((folder/ENSEMBLE).read_text(encoding='utf-8'))
-        if values['format'] != FORMAT or values['members'] != prefixes: raise ValueError('it belongs to other members')
-        return None if values['threshold'] is None else float(values['threshold'])
-    except Exception as e: raise DataError(f'{folder/ENSEMBLE} cannot be read ({why(e)}): the model is damaged, fit it again') from None
+        if values['format'] != FORMAT or values['members'] != prefixes or set(values['sha256']) != set(prefixes): raise ValueError('it belongs to other members')
+        others = [o for o in prefixes if not (path := folder/f'{o}{VALUES}').is_file() or digest(path) != values['sha256'][o]]
+        if others: raise ValueError(f'{others[0]}{VALUES} is not the member that it was saved with')
+        return None if values['calibration'] is None else read_calibration(values['calibration'])
+    except Exception as e: raise DataError(f'{folder/ENSEMBLE} cannot be read ({why(e)}): the model is damaged, copy the whole folder or fit it again') from None
 
 # %% ../nbs/08_store.ipynb #10c17a84
+def _load_ensemble(folder:Path, prefixes:list[str], sizes:dict, shape:tuple[int,int]|None, runtime:dict)->Ensemble:
+    "Several members; at the size that they were fitted at, with what their scores are held against."
+    calibration = _read_ensemble(folder, prefixes)
+    model = Ensemble(*(_load_one(folder, o, sizes, shape, runtime) for o in prefixes))
+    if calibration and not all(_same_size(_read_values(folder/f'{o}{VALUES}'), sizes, shape) for o in prefixes):
+        if calibration.threshold is not None: _no_threshold()
+        calibration = None
+    model.calibration_ = calibration
+    return model
+
 def load(
     folder:str|Path,      # of a model, ours or the reference's, single or an ensemble
     prefix:str='',        # "Ensemble-1-2_" for the first of two members alone
     resize:int|tuple[int,int]|None=None, # another one; the reference's files do not tell theirs: None takes 8/7 of their image size
     imagesize:int|tuple[int,int]|str|None=None, # another one; "whole": nothing is cut
+    shape:tuple[int,int]|None=None, # (width, height) of an image that settles the size where nothing is cut; None: the model's own
     **runtime             # arguments of `PatchCore` that change nothing but the time: device, batch_size, ...
 )->PatchCore|Ensemble: # ready to predict
     "Load a model; its files may come from anywhere."
@@ -294,7 +346,4 @@ def load(
     sizes = {k: None if v == 'whole' else v for k, v in dict(resize=resize, imagesize=imagesize).items() if v is not None}
     single = prefix or (folder/VALUES).is_file() or (folder/PARAMS).is_file()
     prefixes = [] if single else _members(folder)
-    if not prefixes: return _load_one(folder, prefix, sizes, runtime)
-    model = Ensemble(*(_load_one(folder, o, sizes, runtime) for o in prefixes))
-    model.threshold_ = _read_ensemble(folder, prefixes) if not sizes else None
-    return model
+    return _load_ensemble(folder, prefixes, sizes, shape, runtime) if prefixes else _load_one(folder, prefix, sizes, shape, runtime)

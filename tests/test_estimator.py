@@ -16,6 +16,7 @@ from patchcore_nb.data import Category, Preprocess, Sample, load_category, make_
 from patchcore_nb.ensemble import Ensemble
 from patchcore_nb.patchcore import PatchCore, as_items
 from patchcore_nb.store import load, save
+from patchcore_nb.thresholds import calibrate
 
 SMALL = dict(resize=64, imagesize=64, pretrain_dim=64, target_dim=64, ratio=.1, device='cpu')
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
@@ -167,18 +168,45 @@ def test_one_image_more_than_k_allows_a_fit():
     m = model(ratio=.02, k=5).fit(IMAGES[:6])
     assert m.partial_fit(IMAGES[6]).n_images_ == 7
 
+def fresh_calibration(m):
+    "What the images held out say of the model as it is."
+    p = m.predict(m.held_)
+    return calibrate(p.image_scores, p.anomaly_maps.amax((1, 2)), m.false_alarms, m.confidence)
+
+@pytest.mark.parametrize('n, confidence, promise', [(45, .9, 'confidence'), (44, .9, 'average'), (44, None, 'average'), (19, .9, 'average'), (18, .9, None)])
+def test_what_a_number_of_held_out_images_promises(n, confidence, promise, recwarn):
+    rng = np.random.default_rng(4)
+    m = model(train_val_split=4.5/(n+4), confidence=confidence).fit(rng.integers(0, 256, (n+4, 64, 64, 3), np.uint8))
+    assert len(m.held_) == n and m.calibration_.promise == promise and (m.threshold_ is None) == (promise is None)
+    assert bool([o for o in recwarn if 'held-out images are too few' in str(o.message)]) == (promise != 'confidence' and confidence is not None)
+
+def test_an_approximate_threshold_goes_silently():
+    "Nobody held anything out for it; the memory that it was found in is gone."
+    many = np.random.default_rng(6).integers(0, 256, (20, 64, 64, 3), np.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        fitted = model().fit(many[:19])
+        assert fitted.calibration_.promise == 'approximate' and fitted.threshold_ > 0 and model().fit(many[:18]).threshold_ is None
+        assert fitted.resize(.05).calibration_ is None
+        assert clone(fitted).fit(many[:19]).forget(0).calibration_ is None
+        assert clone(fitted).fit(many[:19]).partial_fit(many[19:]).calibration_ is None
+
 def test_thresholds_follow_the_memory():
     rng = np.random.default_rng(2)
-    many = rng.integers(0, 256, (60, 64, 64, 3), np.uint8)
-    m = model(train_val_split=.5).fit(many[:50])
-    first, held = m.threshold_, len(m.held_)
-    m.partial_fit(many[50:])
-    assert first > 0 and m.threshold_ > 0 and len(m.held_) == held+5 and m.n_images_ == 30
+    many = rng.integers(0, 256, (116, 64, 64, 3), np.uint8)
+    m = model(train_val_split=.5).fit(many[:100])
+    first, held = m.calibration_, len(m.held_)
+    assert first == fresh_calibration(m) and first.promise == 'confidence' and len(first) == held == 50
+    m.partial_fit(many[100:])
+    assert len(m.held_) == held+8 and m.n_images_ == 58
+    assert m.calibration_ == fresh_calibration(m) and m.threshold_ == m.calibration_.threshold and len(m.calibration_) == 58
+    m.forget(int(m.origin_[0, 0]))
+    assert len(m.held_) == held+8 and m.calibration_ == fresh_calibration(m)
 
 def test_held_out_images_that_are_gone(tmp_path):
     rng = np.random.default_rng(2)
     m = load(save(model(train_val_split=.5).fit(rng.integers(0, 256, (50, 64, 64, 3), np.uint8)), tmp_path/'m', 'ours'), device='cpu')
-    assert m.threshold_ > 0
+    assert m.threshold_ > 0 and m.calibration_.promise == 'average'
     with pytest.warns(UserWarning, match='the model has none now'): m.forget(int(m.origin_[0, 0]))
     assert m.threshold_ is None
     with pytest.warns(UserWarning, match='4 held-out images are too few'): m.partial_fit(IMAGES)
@@ -211,11 +239,31 @@ def test_one_image_twice():
 def test_merge():
     a, b = model().fit(IMAGES[:3]), model().fit(IMAGES[3:5])
     c = a.merge(b, model().fit(IMAGES[5:]))
+    assert c.radii_ == [max(o.radii_[-1] for o in (a, b, model().fit(IMAGES[5:])))] and a.radii_[-1] != b.radii_[-1]
     assert (c.n_images_, c.n_patches_) == (8, 8*64) and reach(c, IMAGES) <= c.radii_[-1]*(1+1e-4)
     assert torch.equal(c.predict(IMAGES).patch_scores, torch.stack([o.predict(IMAGES).patch_scores for o in (a, b, model().fit(IMAGES[5:]))]).amin(0))
     assert len(a.memory_bank_)+len(b.memory_bank_) < len(c.memory_bank_) and len(a.memory_bank_) == 19 # a itself is as it was
     for kw, word in [(dict(seed=1), 'backbone_sha256'), (dict(patchsize=5), 'settings'), (dict(imagesize=56), 'sizes')]:
         with pytest.raises(ArgumentError, match=word): a.merge(model(**kw).fit(IMAGES[3:5]))
+
+def test_merged_models_are_calibrated_by_what_all_held_out():
+    many = np.random.default_rng(7).integers(0, 256, (100, 64, 64, 3), np.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # which would say that half of them promise less
+        a, b = (model(train_val_split=.5).fit(o) for o in (many[:50], many[50:]))
+    c = a.merge(b)
+    assert len(c.held_) == 50 and all(np.array_equal(x, y) for x, y in zip(c.held_, a.held_+b.held_))
+    assert c.calibration_ == fresh_calibration(c) and c.calibration_.promise == 'confidence' and a.calibration_.promise == b.calibration_.promise == 'average'
+
+def test_half_of_the_held_out_images_is_no_calibration(tmp_path):
+    "A model from disk has its threshold but not the images that set it; its partner's alone would promise too much."
+    many = np.random.default_rng(8).integers(0, 256, (140, 64, 64, 3), np.uint8)
+    a, b = model(train_val_split=.45).fit(many[:90]), model(train_val_split=.5).fit(many[90:])
+    away = load(save(a, tmp_path/'a', 'ours'), device='cpu')
+    assert away.held_ is None and away.threshold_ == a.threshold_ > 0 and len(b.held_) == 25
+    for first, second in ((away, b), (b, away)):
+        with pytest.warns(UserWarning, match='the model has none now'): c = first.merge(second)
+        assert c.threshold_ is None and not c.held_
 
 def test_models_of_the_reference_neither_learn_nor_forget(testdata):
     m = load(testdata/'golden'/'model_single', weights_dir=testdata/'weights')
@@ -252,10 +300,10 @@ def test_a_saved_model_in_a_new_process_is_the_same_to_the_bit(make, tmp_path):
 
 def test_good_images_set_aside_by_a_dataset_set_the_threshold(tmp_path):
     paths = []
-    for i, o in enumerate(np.random.default_rng(5).integers(0, 256, (30, 64, 64, 3), np.uint8)):
+    for i, o in enumerate(np.random.default_rng(5).integers(0, 256, (51, 64, 64, 3), np.uint8)):
         Image.fromarray(o).save(tmp_path/f'{i}.png')
         paths.append(Sample(tmp_path/f'{i}.png'))
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         m = model().fit(Category('x', 'y', paths[:6], [], calibration=paths[6:]))
-    assert m.n_images_ == 6 and m.threshold_ > 0 and (m.predict([o.path for o in paths[6:]]).image_scores > m.threshold_).float().mean() <= .05
+    assert m.n_images_ == 6 and m.calibration_.promise == 'confidence' and m.calibration_ == fresh_calibration(m) and (m.predict([o.path for o in paths[6:]]).image_scores > m.threshold_).float().mean() <= .05

@@ -57,15 +57,18 @@ def test_saved_and_loaded(wide, cog, tmp_path):
     assert torch.equal(again.predict(cog.test[:2]).image_scores, small.predict(cog.test[:2]).image_scores)
 
 def test_the_threshold_is_found_anew(cog, tmp_path):
-    kw = dict(train_val_split=.5, false_alarms=.1)
+    kw = dict(train_val_split=.4, false_alarms=.1) # 24 held out, and 22 are needed
     wide, direct = model(**kw).fit(cog.train), model(ratio=.01, **kw).fit(cog.train)
-    assert wide.resize(.01).threshold_ == direct.threshold_ != wide.threshold_
+    assert wide.resize(.01).calibration_ == direct.calibration_ and direct.threshold_ != wide.threshold_
+    assert direct.calibration_.promise == 'confidence' and len(direct.calibration_) == len(direct.held_)
     save(wide, tmp_path/'m', 'ours')
-    with pytest.warns(UserWarning, match='the resized model has none'): small = load(tmp_path/'m', device='cpu').resize(.01)
+    with pytest.warns(UserWarning, match='not at hand: the model has none now'): small = load(tmp_path/'m', device='cpu').resize(.01)
     assert small.threshold_ is None and 'threshold' not in judge(small.predict(cog.test), cog.test, small.preprocess_)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        model().fit(cog.train[:3]).resize(.01) # nobody asked for a threshold
+        assert model().fit(cog.train[:3]).resize(.01).calibration_ is None # there was none
+        approximate = model().fit(cog.train[:20])
+        assert approximate.threshold_ > 0 and approximate.resize(.01).calibration_ is None # nobody held images out for it
 
 def test_what_cannot_be_resized(cog):
     wide = model().fit(cog.train[:2])

@@ -1,5 +1,6 @@
 "Saved models at work, and ensembles: `patch_core_loader`, `patchcore_nb_evaluate`, `patchcore_nb_predict`."
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from PIL import Image
 
 from patchcore_nb import saved, store
 from patchcore_nb.cli import main
+from patchcore_nb.core import DataError
 from patchcore_nb.data import load_category, make_miniature, read_masks
 from patchcore_nb.ensemble import Ensemble
 from patchcore_nb.evaluation import evaluate
+from patchcore_nb.layouts import make_layout
 from patchcore_nb.patchcore import PatchCore
 from patchcore_nb.presets import PRESETS
 
@@ -27,7 +30,7 @@ PROGRAMS = {'run': main, 'evaluate': saved.evaluate_main, 'predict': saved.predi
 @pytest.fixture
 def data(tmp_path):
     make_miniature(tmp_path/'data', n_train=6)
-    shutil.copytree(tmp_path/'data'/'tile', tmp_path/'data'/'other')
+    make_miniature(tmp_path/'data', 'other', n_train=6, seed=1)
     return tmp_path/'data'
 
 @pytest.fixture
@@ -45,6 +48,13 @@ def fit(call, core=ONE, group='', dataset=f'{SMALL} -d tile', more=''):
     answer = call('run', f'--gpu -1 --save_patchcore_model --model_format ours {group} results patch_core {core} sampler -p 0.1 approx_greedy_coreset dataset {dataset} {more} mvtec data')
     assert answer[0] == 0, answer
     return max(Path('results/project').iterdir(), key=lambda p: p.stat().st_mtime_ns)
+
+def evaluate_on(call, models, categories, sizes='', folder='judged', dataset='mvtec data'):
+    "Judge models; lines on stderr, stdout, and the scores of each category."
+    paths, names = (' '.join(f'{flag} {o}' for o in what) for flag, what in (('-p', models), ('-d', categories)))
+    code, lines, said = call('evaluate', f'--gpu -1 {folder} patch_core_loader {paths} dataset {names} {sizes} {dataset}')
+    assert code == 0, lines
+    return lines, said, {o: pd.read_csv(f'{folder}/scores/{dataset.split()[0]}_{o}.csv') for o in categories}
 
 def refused(answer, status, *words):
     code, lines, _ = answer
@@ -75,12 +85,16 @@ def test_the_loader_in_the_place_of_patch_core(call):
     again = Path('results/project/again')
     assert code == 0 and (again/'results.csv').read_bytes() == (run/'results.csv').read_bytes()
     assert len([*(again/'segmentation_images'/'mvtec_other').iterdir()]) == 4 and 'pictures' in said
+    scores = {o: [pd.read_csv(x/'scores'/f'mvtec_{o}.csv').score for x in (run, again)] for o in ('tile', 'other')}
+    for was, now in scores.values(): assert np.allclose(was, now, rtol=1e-5)
+    assert not np.allclose(scores['tile'][0], scores['other'][0], rtol=1e-2) # each model on its own category
 
 def test_one_model_for_all_categories(call):
-    run = fit(call)
-    assert call('evaluate', f'--gpu -1 judged patch_core_loader -p {run}/models/mvtec_tile dataset -d tile -d other mvtec data')[0] == 0
-    table = pd.read_csv('judged/results.csv', index_col=0)
-    assert table.index.tolist() == ['mvtec_tile', 'mvtec_other', 'Mean'] and table.loc['mvtec_tile'].equals(table.loc['mvtec_other'])
+    model = [fit(call)/'models'/'mvtec_tile']
+    _, _, both = evaluate_on(call, model, ['tile', 'other'])
+    assert pd.read_csv('judged/results.csv', index_col=0).index.tolist() == ['mvtec_tile', 'mvtec_other', 'Mean']
+    for o in both: assert both[o].equals(evaluate_on(call, model, [o], folder=f'alone_{o}')[2][o])
+    assert not np.allclose(both['tile'].score, both['other'].score, rtol=1e-2)
 
 def test_another_image_size(call):
     run = fit(call, dataset='-d tile --imagesize 80 --resize 96')
@@ -90,6 +104,86 @@ def test_another_image_size(call):
         seen[sizes] = pd.read_csv('judged/scores/mvtec_tile.csv').score
     assert len({tuple(o) for o in seen.values()}) == 4
     refused(call('evaluate', f'--gpu -1 judged patch_core_loader -p {model} dataset -d tile --imagesize 100 mvtec data'), 2, 'larger than resize 96')
+
+def test_where_nothing_is_cut_each_category_has_its_own_size(call, data):
+    "Whatever the order, at the model's own scale, settled by a training image before a test image."
+    make_miniature(data, 'wide', n_train=2, size=(40, 64), seed=2)
+    make_miniature(data, 'turned', n_train=2, size=(64, 40), seed=3) # whose training images are wide
+    shutil.rmtree(data/'turned'/'train'); shutil.copytree(data/'wide'/'train', data/'turned'/'train')
+    make_miniature(data, 'bare', n_train=0, size=(40, 64), seed=4)
+    model = [fit(call, dataset='-d tile --imagesize 56 --resize 64')/'models'/'mvtec_tile']
+    sizes = {'tile': (76, 64), 'wide': (64, 102), 'turned': (64, 102), 'bare': (64, 102)}
+    want = {o: store.load(model[0], device='cpu', resize=size, imagesize='whole', batch_size=2).predict(load_category('mvtec', data, o, need_train=False).test).image_scores.numpy() for o, size in sizes.items()}
+    for i, names in enumerate((list(sizes), list(sizes)[::-1])):
+        _, _, scores = evaluate_on(call, model, names, '--no_crop', f'judged{i}')
+        for o in names: assert np.allclose(scores[o].score, want[o], rtol=1e-5), o
+    _, _, scores = evaluate_on(call, model, ['wide'], '--no_crop --resize 80', 'larger')
+    assert np.allclose(scores['wide'].score, store.load(model[0], device='cpu', resize=(80, 128), imagesize='whole').predict(load_category('mvtec', data, 'wide').test).image_scores, rtol=1e-5)
+
+def test_a_threshold_stays_where_the_size_does(call, data):
+    make_miniature(data, 'many', n_train=44, size=(40, 80))
+    model = [fit(call, dataset='-d many --no_crop --resize 64', more='--train_val_split 0.5')/'models'/'mvtec_many']
+    for i, sizes in enumerate(('', '--no_crop', '--no_crop --resize 64', '--resize 64', '--resize 64x128')):
+        lines, said, _ = evaluate_on(call, model, ['many'], sizes, f'judged{i}')
+        assert 'false alarms' in said and not any('threshold' in o for o in lines), sizes
+    lines, said, _ = evaluate_on(call, model, ['many'], '--no_crop --resize 80')
+    assert 'false alarms' not in said and any('threshold belongs to images of the size' in o for o in lines)
+
+def test_evaluate_needs_no_training_images(call, data):
+    "Nor does it look at them."
+    model = [fit(call)/'models'/'mvtec_tile']
+    _, _, want = evaluate_on(call, model, ['tile', 'other'])
+    shutil.rmtree(data/'tile'/'train')
+    (data/'other'/'train'/'good'/'000.png').write_bytes(b'no image')
+    _, _, got = evaluate_on(call, model, ['tile', 'other'], folder='again')
+    assert all(got[o].equals(want[o]) for o in want)
+    words = f'--gpu -1 results patch_core {ONE} sampler -p 0.1 approx_greedy_coreset dataset {SMALL} -d tile mvtec data'
+    refused(call('run', words), 1, 'train', 'put the good training images into it')
+
+@pytest.mark.parametrize('layout', ['mpdd', 'btad', 'mvtec_loco', 'mvtec_ad2'])
+def test_layouts_whose_tests_are_enough(tmp_path, layout):
+    root, name = make_layout(tmp_path, layout)
+    want = load_category(layout, root, name)
+    for o in ('train', 'validation'): shutil.rmtree(root/name/o, ignore_errors=True)
+    with pytest.raises(DataError, match='put the good training images into it'): load_category(layout, root, name)
+    got = load_category(layout, root, name, need_train=False)
+    assert (got.test, got.unlabelled, got.train, got.calibration) == (want.test, want.unlabelled, [], [])
+
+def test_pictures_of_one_name(call, data):
+    "Two categories whose images are called alike have a folder each; one alone has none."
+    rows = ['category,split,label,path']
+    for name in ('tile', 'other'):
+        shutil.copytree(data/name/'test', Path('set')/name/'line'/'test')
+        rows += [f'{name},train,good,{data.as_posix()}/{name}/train/good/000.png']
+        rows += [f'{name},test,{p.parent.name},{p.relative_to("set").as_posix()}' for p in sorted(Path('set', name).rglob('*.png'))]
+    Path('set/table.csv').write_text('\n'.join(rows)+'\n')
+    model = fit(call)/'models'/'mvtec_tile'
+    def pictures(categories, folder):
+        assert call('evaluate', f'--gpu -1 --save_segmentation_images {folder} patch_core_loader -p {model} dataset {categories} csv set/table.csv')[0] == 0
+        return {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob('*.png')}
+    both, alone = pictures('-d tile -d other', 'both'), pictures('-d tile', 'alone')
+    names = [f'line_test_{kind}_00{i}.png' for kind in ('good', 'spot') for i in (0, 1)]
+    assert sorted(both) == sorted(f'csv_{o}/{n}' for o in ('tile', 'other') for n in names) and sorted(alone) == names
+    for n in names: assert both[f'csv_tile/{n}'] == alone[n] != both[f'csv_other/{n}']
+
+def test_evaluate_names_the_search_of_the_model(call):
+    run = fit(call, f'{ONE} --search fp16')
+    _, said, _ = evaluate_on(call, [run/'models'/'mvtec_tile'], ['tile'])
+    assert 'search:   fp16 finds' in said and 'exact finds' not in said
+
+def test_unlabelled_images_have_scores(call, tmp_path):
+    "As MVTec AD 2's private parts: scored, not judged, by a run and by an evaluation."
+    root, name = make_layout(tmp_path/'ad2', 'mvtec_ad2')
+    home = call('run', f'--gpu -1 --save_patchcore_model --model_format ours results patch_core {ONE} sampler -p 0.1 approx_greedy_coreset dataset {SMALL} -d {name} mvtec_ad2 {root}')
+    assert home[0] == 0, home
+    run = Path('results/project/group')
+    _, _, judged = evaluate_on(call, [run/'models'/f'mvtec_ad2_{name}'], [name], dataset=f'mvtec_ad2 {root}')
+    table = pd.read_csv(run/'scores'/f'mvtec_ad2_{name}.csv')
+    others = load_category('mvtec_ad2', root, name).unlabelled
+    want = store.load(run/'models'/f'mvtec_ad2_{name}', device='cpu').predict([o.path for o in others]).image_scores
+    for o in (table, judged[name]):
+        assert o.label.tolist()[:4] == [1, 1, 0, 0] and o.label[4:].isna().all() and o.kind[4:].isna().all() and len(o) == 4+len(others) == 8
+        assert o.image.tolist()[4:] == [x.path.as_posix() for x in others] and np.allclose(o.score[4:], want, rtol=1e-4)
 
 def test_a_threshold_belongs_to_its_size(call, data):
     make_miniature(data, 'many', n_train=44)
@@ -108,6 +202,7 @@ def test_a_threshold_belongs_to_its_size(call, data):
     ('evaluate', 'judged patch_core_loader -p data -p data dataset -d tile mvtec data', 2, ['2 models for 1 categories', 'one for each']),
     ('evaluate', 'judged patch_core_loader -p data dataset -d tile --train_val_split 1 mvtec data', 2, ['train_val_split']),
     ('evaluate', 'judged patch_core_loader -p data dataset -d tile --no_crop --imagesize 20 mvtec data', 2, ['--no_crop', '--imagesize']),
+    ('evaluate', 'judged patch_core_loader -p data -p data dataset -d tile --no_crop mvtec data', 2, ['2 models for 1 categories', 'one for each']),
     ('run', 'results patch_core_loader -p data dataset -d tile --augment mvtec data', 2, ['--augment is for fitting']),
     ('run', '--save_patchcore_model results patch_core_loader -p data dataset -d tile mvtec data', 2, ['--save_patchcore_model is for fitting']),
     ('run', '--preset paper results patch_core_loader -p data dataset -d tile mvtec data', 2, ['--preset is for fitting']),
@@ -147,6 +242,31 @@ def test_predict(call, data):
     assert Image.open('out/maps/000_1.png').size == (40, 48)
     row, col = np.unravel_index(np.nanargmax(m), m.shape)
     assert np.hypot(row-48*.3, col-20) < 10
+
+@pytest.mark.parametrize('maps, name', [('png', '000.png'), ('both', '000.png'), ('tiff', '000.tiff'), ('both', '000.tiff')])
+@pytest.mark.parametrize('how', ['copied', 'linked'])
+def test_predict_overwrites_no_image(call, maps, name, how):
+    "Not even by another path to it; and it says so before it looks for a model."
+    Path('out/maps').mkdir(parents=True)
+    Image.open('data/tile/test/good/000.png').save(f'out/maps/{name}')
+    before, given = Path(f'out/maps/{name}').read_bytes(), 'out/../out/maps'
+    if how == 'linked':
+        given = 'photo'
+        Path('photo').mkdir()
+        os.link(f'out/maps/{name}', f'photo/{name}')
+    refused(call('predict', f'no_model {given} --gpu -1 -o out --maps {maps}'), 2, name, 'would be overwritten', '--output')
+    assert Path(f'out/maps/{name}').read_bytes() == before and not Path('out/scores.csv').exists()
+    model = fit(call)/'models'/'mvtec_tile'
+    assert call('predict', f'{model} {given} --gpu -1 -o elsewhere --maps {maps}')[0] == 0
+    assert call('predict', f'{model} {given} --gpu -1 -o out --maps none')[0] == 0 and Path(f'out/maps/{name}').read_bytes() == before
+
+def test_predict_with_one_patch_in_memory(call):
+    "There is no distance between neighbours to colour a map by."
+    m = PatchCore('filterbank', ratio=1e-6, target_dim=32, resize=64, imagesize=64, device='cpu').fit('data/tile/train/good')
+    assert len(m.memory_bank_) == 1
+    store.save(m, 'one', 'ours')
+    refused(call('predict', 'one data/tile/test/good --gpu -1'), 2, 'one patch', '--maps tiff')
+    assert call('predict', 'one data/tile/test/good --gpu -1 --maps tiff')[0] == 0
 
 def test_predict_chooses_what_to_write(call):
     run = fit(call)
@@ -197,7 +317,7 @@ def test_members_in_the_references_format(call, tmp_path):
     (tmp_path/'w').mkdir()
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path/'w'/'resnet18.pth')
     core = f'-b resnet18 -b resnet18 -le 0.layer2 -le 1.layer3 --weights_dir w {DIMS}'
-    code, lines, _ = call('run', f'--gpu -1 --save_patchcore_model results patch_core {core} sampler -p 0.1 approx_greedy_coreset dataset {SMALL} -d tile mvtec data')
+    code, lines, _ = call('run', f'--gpu -1 --save_patchcore_model results patch_core {core} sampler -p 0.1 approx_greedy_coreset dataset --imagesize 56 --resize 64 -d tile mvtec data')
     home = Path('results/project/group/models/mvtec_tile')
     assert code == 0 and sorted(p.name for p in home.iterdir()) == sorted(['ensemble.json', *(f'Ensemble-{i}-2_{o}' for i in (1, 2) for o in ('model.json', 'model.safetensors', 'nnscorer_search_index.faiss', 'patchcore_params.pkl'))])
     ours = store.load(home, device='cpu', weights_dir='w').predict('data/tile/test/spot/000.png')
@@ -211,8 +331,9 @@ def test_the_threshold_of_an_ensemble_is_saved(tmp_path):
     pair = Ensemble(PatchCore('resnet18', ['layer2'], **kw), PatchCore('resnet18', ['layer3'], **kw)).fit(images)
     again = store.load(store.save(pair, tmp_path/'m', 'ours'), device='cpu')
     assert again.threshold_ == pair.threshold_ > 0 and pair.predict(images[:3]).over_set().verdicts is None
+    assert again.calibration_ == pair.calibration_ and len(again.calibration_) == 22 and again.calibration_.promise == 'average'
     held = pair.predict(pair.models[0].held_)
-    assert held.verdicts.float().mean() <= .05
+    assert held.verdicts.float().mean() <= .05 and again.predict(images[:3]).p_values.equal(pair.predict(images[:3]).p_values)
     text = (tmp_path/'m'/'ensemble.json').read_text()
     (tmp_path/'m'/'ensemble.json').write_text(text.replace('-1-2_', '-1-3_'))
     with pytest.raises(Exception, match='belongs to other members'): store.load(tmp_path/'m', device='cpu')

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from patchcore_nb import extractor, store
 from patchcore_nb.core import ArgumentError, DataError
+from patchcore_nb.ensemble import Ensemble
 from patchcore_nb.extractor import create_backbone
 from patchcore_nb.patchcore import PatchCore
 from patchcore_nb.store import HEADER, INDEX, PARAMS, TENSORS, VALUES, load, read_faiss_flat, read_reference_params, save, write_faiss_flat
@@ -181,6 +182,23 @@ def test_a_folder_of_other_things_is_not_replaced(model, tmp_path):
     before = contents(tmp_path)
     refused(save, model, tmp_path/'home', says='home')
     assert contents(tmp_path) == before
+
+@pytest.mark.parametrize('name', ['best_model.json', 'my_ensemble.json', 'Ensemble-1-2_ensemble.json', 'Ensemble-1_model.json', 'Ensemble-a-2_model.json', 'old model.safetensors', 'model.json.bak', 'Model.json', '.model.json', 'xpatchcore_params.pkl'])
+def test_a_file_that_only_sounds_like_a_model_is_not_deleted(saved, other, name):
+    (saved/name).write_bytes(b'dear to me')
+    before = contents(saved)
+    refused(save, other, saved, 'ours', says=name)
+    assert contents(saved) == before
+
+def test_a_folder_that_is_called_like_a_file_of_a_model(saved, other):
+    (saved/'ensemble.json').mkdir()
+    (saved/'ensemble.json'/'1.jpg').write_bytes(b'dear to me')
+    refused(save, other, saved, 'ours', says='ensemble.json')
+
+def test_any_model_takes_the_place_of_any_other(saved, other):
+    "Single or an ensemble, ours or the reference's."
+    pair = Ensemble(other, other)
+    for o, n in ((pair, 5), (other, 2), (pair, 5)): assert len(contents(save(o, saved, 'ours'))) == n
 
 def test_what_was_never_fitted_is_not_saved(tmp_path):
     with pytest.raises(ArgumentError, match='call fit'): save(PatchCore('filterbank'), tmp_path/'m')
@@ -385,6 +403,79 @@ def test_members_of_an_ensemble(model, weights, tmp_path):
     assert len(both) == 2 and both.threshold_ is None and torch.equal(both.predict(IMAGES[3:]).members[1].image_scores, scores(model))
     (folder/f'Ensemble-1-2_{PARAMS}').rename(folder/f'Ensemble-1-3_{PARAMS}')
     refused(load, folder, says='incomplete ensemble')
+
+@pytest.fixture(scope='module')
+def pair():
+    "Two members with a threshold each, and one together; nothing is cut."
+    kw = SMALL | dict(imagesize=None, resize=64, train_val_split=.5, false_alarms=.3, confidence=None)
+    wide = np.random.default_rng(1).integers(0, 256, (8, 64, 128, 3), np.uint8)
+    return Ensemble(PatchCore('filterbank', **kw), PatchCore('filterbank', ['layer3'], **kw)).fit(wide)
+
+def thresholds(folder, **sizes): return [load(folder, **sizes).threshold_, *(load(folder, f'Ensemble-{i}-2_', **sizes).threshold_ for i in (1, 2))]
+
+@pytest.mark.parametrize('sizes', [{}, dict(resize=64), dict(resize=(64, 128)), dict(imagesize='whole'), dict(resize=64, imagesize='whole'), dict(imagesize='whole', shape=(200, 100))], ids=str)
+def test_at_its_own_size_a_model_keeps_its_threshold(pair, tmp_path, recwarn, sizes):
+    "However the size was said: as a shorter side, as a rectangle, by an image."
+    want = [pair.threshold_, *(o.threshold_ for o in pair.models)]
+    assert None not in want and thresholds(save(pair, tmp_path/'m', 'ours'), **sizes) == want and not recwarn
+    assert load(tmp_path/'m', **sizes).calibration_ == pair.calibration_
+
+@pytest.mark.parametrize('sizes', [dict(resize=80), dict(resize=(128, 64)), dict(imagesize=64), dict(imagesize=(64, 128)), dict(imagesize='whole', shape=(100, 200))], ids=str)
+def test_at_another_size_it_has_none(pair, tmp_path, sizes):
+    save(pair, tmp_path/'m', 'ours')
+    with pytest.warns(UserWarning, match='at another size it has none'): assert thresholds(tmp_path/'m', **sizes) == [None]*3
+
+def test_a_square_may_be_said_as_a_rectangle(tmp_path):
+    kw = SMALL | dict(train_val_split=.5, false_alarms=.3, confidence=None)
+    m = Ensemble(PatchCore('filterbank', **kw), PatchCore('filterbank', **kw | dict(imagesize=(64, 64)))).fit(IMAGES)
+    assert load(save(m, tmp_path/'m', 'ours'), imagesize=64).threshold_ == m.threshold_ is not None
+
+@pytest.mark.parametrize('sizes, words', [(dict(imagesize='whole'), 'pass resize=\\(height, width\\)'), (dict(imagesize=65), 'larger than resize'), (dict(imagesize=0), 'at least 1 pixel')], ids=str)
+@pytest.mark.parametrize('model_format', ['ours', 'reference'])
+def test_a_size_that_cannot_be_is_an_argument_of_the_caller(model, weights, tmp_path, sizes, words, model_format):
+    "Not the fault of the model's files."
+    if model_format == 'reference' and 'imagesize' in sizes and sizes['imagesize'] == 65: sizes = sizes | dict(resize=64)
+    save(model, tmp_path/'m', model_format)
+    with pytest.raises(ArgumentError, match=words): load(tmp_path/'m', weights_dir=weights, **sizes)
+
+@pytest.mark.parametrize('model_format', ['ours', 'reference'])
+def test_an_image_settles_what_is_not_cut(model, weights, tmp_path, model_format):
+    save(model, tmp_path/'m', model_format)
+    for sizes, want in ((dict(shape=(200, 100)), (64, 128)), (dict(shape=(100, 150), resize=32), (48, 32)), (dict(shape=(100, 150), resize=(40, 40)), (40, 40))):
+        assert load(tmp_path/'m', weights_dir=weights, imagesize='whole', **sizes).preprocess_.size == want
+    assert load(tmp_path/'m', weights_dir=weights, shape=(200, 100)).preprocess_.size == (56, 56) # which is cut
+
+def test_members_of_another_ensemble(pair, tmp_path):
+    "By the digests of their values; a changed one is none of them either."
+    save(pair, tmp_path/'m', 'ours')
+    twin = Ensemble(pair.models[1], pair.models[0])
+    save(twin, tmp_path/'n', 'ours')
+    for name in (TENSORS, VALUES): shutil.copy(tmp_path/'n'/f'Ensemble-1-2_{name}', tmp_path/'m')
+    refused(load, tmp_path/'m', says='Ensemble-1-2_model.json is not the member that it was saved with')
+    save(pair, tmp_path/'m', 'ours')
+    for change in [('sha256', 'Ensemble-2-2_', '0'*64), ('sha256', 'Ensemble-2-2_', None), ('sha256', None), ('calibration', 'promise', 'sure'), ('calibration', 'scores', None), ('calibration', {}), ('calibration', None), ('members', ['a'])]:
+        before = (tmp_path/'m'/'ensemble.json').read_bytes()
+        values(tmp_path/'m'/'ensemble.json', change)
+        refused(load, tmp_path/'m', says='ensemble.json cannot be read')
+        (tmp_path/'m'/'ensemble.json').write_bytes(before)
+    assert load(tmp_path/'m').threshold_ == pair.threshold_
+
+def test_an_ensemble_whose_member_has_changed_is_saved_without_its_threshold(tmp_path):
+    kw = SMALL | dict(train_val_split=.5, false_alarms=.3, confidence=None)
+    m = Ensemble(PatchCore('filterbank', **kw), PatchCore('filterbank', ['layer3'], **kw)).fit(IMAGES)
+    assert m.threshold_
+    m.models[0].forget(int(m.models[0].origin_[0, 0]))
+    with pytest.warns(UserWarning, match='has changed since its threshold was found'): save(m, tmp_path/'m', 'ours')
+    again = load(tmp_path/'m')
+    assert again.threshold_ is None and again.units_ == m.units_ and torch.equal(again.predict(IMAGES[:2]).image_scores, m.predict(IMAGES[:2]).image_scores)
+
+def test_an_ensemble_of_fitted_models_that_was_never_fitted_itself(tmp_path):
+    m = Ensemble(PatchCore('filterbank', **SMALL))
+    m.models[0].fit(IMAGES[:2])
+    with pytest.raises(ArgumentError, match='call fit before saving'): save(m, tmp_path/'m')
+
+@pytest.mark.parametrize('kw, said', [({}, []), (dict(imagesize=320, resize=366), []), (dict(resize=300), ['resize 300']), (dict(imagesize=256), ['resize 256']), (dict(resize=(256, 256)), ['resize (256, 256)']), (dict(imagesize=None), ['imagesize None'])], ids=str)
+def test_a_scale_that_the_reference_would_not_know(kw, said): assert store.not_in_reference(PatchCore('wideresnet50', **kw)) == said
 
 @pytest.mark.parametrize('gone', [TENSORS, VALUES, INDEX, PARAMS])
 def test_missing_files(saved, weights, gone):
