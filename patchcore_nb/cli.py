@@ -7,12 +7,13 @@ __all__ = ['stride_of', 'layers_of', 'make_model', 'show_run', 'sizes_for', 'fin
            'complain', 'speak', 'main']
 
 # %% ../nbs/12_cli.ipynb #7e6845d5
-import os, sys, warnings
+import os, shlex, sys, warnings
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from pathlib import Path
 
 import click
+import pandas as pd
 import torch
 
 from .core import *
@@ -21,10 +22,11 @@ from .demo import DEMO_CATEGORIES # the import registers the set
 import patchcore_nb.layouts # and this one the others
 from .extractor import BACKBONES, PRECISIONS
 from .ensemble import Ensemble
-from .experiment import REFERENCE_COLUMNS, Run, judge_saved, run, run_folder
+from .experiment import REFERENCE_COLUMNS, Run, judge_saved, run, run_folder, run_seeds
 from .memory import parse_size
 from .patchcore import PatchCore
 from .presets import PRESETS
+from .report import TEXTS
 from .samplers import SAMPLERS, coreset_size
 from .scorer import DISTANCES, PATCH_SCORES
 from .search import SEARCHES
@@ -38,6 +40,12 @@ class _Size(click.ParamType):
     def convert(self, value, param, ctx):
         try: return parse_pixels(value, param.name)
         except ArgumentError as e: self.fail(str(e), param, ctx)
+
+class _Rate(click.ParamType):
+    "A number in (0, 1), or none."
+    name = 'rate'
+    def get_metavar(self, param, ctx=None): return 'FLOAT|none'
+    def convert(self, value, param, ctx): return None if value in (None, 'none') else click.FloatRange(0, 1, min_open=True, max_open=True).convert(value, param, ctx)
 
 class _Values(click.ParamType):
     "A number of values, at least 1, or all."
@@ -55,6 +63,11 @@ def _with(*options)->Callable: # a decorator
     return lambda f: reduce(lambda f, o: o(f), reversed(options), f)
 
 # %% ../nbs/12_cli.ipynb #13b2563c
+REPORT_OPTIONS = [
+    click.option('--no_report', is_flag=True, help='Do not write report.html.'),
+    click.option('--lang', type=click.Choice(list(TEXTS)), default='en', show_default=True, help='Language of the report.'),
+]
+
 class _Group(click.Group):
     "A chained group whose help shows the flags of its parts as well."
     def format_commands(self, ctx, formatter):
@@ -68,13 +81,14 @@ class _Group(click.Group):
 @click.group(chain=True, cls=_Group, no_args_is_help=False, context_settings=dict(help_option_names=['-h', '--help'], max_content_width=120))
 @click.argument('results_path')
 @click.option('--gpu', type=int, default=(0,), multiple=True, show_default=True, help='Index of the GPU; the first counts. Without a GPU, 0 warns and takes the CPU; -1 forces the CPU.')
-@click.option('--seed', type=click.IntRange(0, 2**63-1), default=0, show_default=True, help='Seed of all that is random.')
+@click.option('--seed', type=click.IntRange(0, 2**63-1), default=(0,), multiple=True, show_default=True, help='Seed of all that is random; several run one after the other, and mean and deviation are told.')
 @click.option('--preset', type=click.Choice(list(PRESETS)), default=None, help='Compute as the reference, the paper or anomalib does; a flag that is given beats it. Without it: as the reference.')
 @click.option('--log_group', default='group', show_default=True, help='Folder of the run; with _0, _1, ... if it is taken.')
 @click.option('--log_project', default='project', show_default=True, help='Folder above it.')
 @click.option('--save_segmentation_images', is_flag=True, help='Save image, mask, map and overlay of every test image.')
 @click.option('--save_patchcore_model', is_flag=True, help='Save the fitted models.')
 @click.option('--model_format', type=click.Choice(FORMATS), default='both', show_default=True, help="Save models as ours (safetensors and JSON), as the reference's two files, or both.")
+@_with(*REPORT_OPTIONS)
 @click.option('--resume', is_flag=True, help='Go on with the newest unfinished run of this group that asked for the same.')
 @click.option('--memory_budget', default=None, help='Memory that may be taken: bytes, 600MB, 2GB; what is free if not given. Over it, patch embeddings go to a file in the results folder.')
 @click.option('--cache', default=None, help='Folder where the patch embeddings of each image are kept and looked up; may be deleted at any time.')
@@ -100,7 +114,10 @@ WEIGHTS_DIR = click.option('--weights_dir', default=None, help='Folder with NAME
 @click.option('--patchscore', default='max', show_default=True, help=f"Patch scores to image score: {', '.join(PATCH_SCORES)}.")
 @click.option('--patchoverlap', type=click.FloatRange(0, 1, max_open=True), default=None, help='Overlap of neighbouring patches: the stride is patchsize x (1 - overlap), at least 1; 1 if not given.')
 @click.option('--patchsize_aggregate', '-pa', type=click.IntRange(1), multiple=True, help='Further patch sizes; the embedding is the mean over all.')
-@click.option('--distance', type=click.Choice(list(DISTANCES)), default='squared', show_default=True, help='What is taken for the distance to a neighbour; the paper takes the Euclidean one, the reference its square.')
+@click.option('--distance', type=click.Choice(list(DISTANCES)), default='squared', show_default=True, help='What is taken for the distance to a neighbour; the paper takes the Euclidean one, the reference its square; cosine compares directions alone.')
+@click.option('--reweighting_num_nn', type=click.IntRange(1), default=9, show_default=True, help='Neighbours of the nearest stored patch that the patch score reweighted looks at (b in the paper).')
+@click.option('--false_alarms', type=_Rate(), default=.05, show_default=True, help='Share of good images that may be called anomalous, (0, 1), by which the threshold is found; none: no threshold.')
+@click.option('--confidence', type=_Rate(), default=.9, show_default=True, help='Of staying under --false_alarms, (0, 1), where images are held out; none: on average.')
 @click.option('--smoothing', type=click.FloatRange(0, 1000, max_open=True), default=4, show_default=True, help='Deviation of the Gaussian over the maps, pixels; 0: none.')
 @_with(*SEARCH_OPTIONS)
 @click.option('--search', default='exact', show_default=True, help=f"How neighbours are searched: {', '.join(SEARCHES)}; all but exact tell their recall.")
@@ -113,6 +130,7 @@ def patch_core(**kw): return _part('patch_core', kw)
 @cli.command('sampler', help='which patches to remember')
 @click.argument('name', metavar=f"[{'|'.join(SAMPLERS)}|preset]")
 @click.option('--percentage', '-p', type=float, default=0.1, show_default=True, help='Fraction of the patches to remember, (0, 1]; 1 keeps all.')
+@click.option('--denoise', type=click.FloatRange(0, 1, max_open=True), default=0., show_default=True, help='Fraction of the patches, the strangest, that are left out before any is picked: for training images that may not all be good.')
 def sampler(**kw): return _part('sampler', kw)
 
 DATA_OPTIONS = [
@@ -132,7 +150,7 @@ DATA_OPTIONS = [
 @cli.command('dataset', help='the images')
 @_with(*DATA_OPTIONS)
 @click.option('--batch_size', type=click.IntRange(1), default=2, show_default=True, help='Images at a time.')
-@click.option('--train_val_split', type=float, default=1., show_default=True, help='Part of the training images to remember, (0, 1]; the rest, drawn by --seed, sets the threshold.')
+@click.option('--train_val_split', type=float, default=1., show_default=True, help='Part of the training images to remember, (0, 1]; the rest, drawn by --seed, sets the threshold, which keeps its promise then.')
 @click.option('--augment', is_flag=True, help='Also remember training images turned by 90, 180 and 270 degrees, and mirrored.')
 def dataset(**kw): return _part('dataset', kw)
 
@@ -156,7 +174,7 @@ def _search_device(on_gpu:bool, gpu:int):
 # %% ../nbs/12_cli.ipynb #19d4489d
 # What a flag of the command line is called in `PatchCore`
 _NAMES = dict(patchscore='patch_score', patchsize_aggregate='more_patchsizes', patchoverlap='stride', anomaly_scorer_num_nn='k', pretrain_embed_dimension='pretrain_dim',
-              target_embed_dimension='target_dim', name='sampler', percentage='ratio', no_crop='imagesize')
+              target_embed_dimension='target_dim', name='sampler', percentage='ratio', no_crop='imagesize', reweighting_num_nn='b')
 
 def _arguments(group:dict, core:dict, sampler:dict, data:dict)->dict:
     "Arguments of `PatchCore`, whatever the backbone; of a preset those that no flag gives."
@@ -165,7 +183,8 @@ def _arguments(group:dict, core:dict, sampler:dict, data:dict)->dict:
     args = dict(ratio=sampler['percentage'], sampler=sampler['name'], k=core['anomaly_scorer_num_nn'] or 1, patch_score=core['patchscore'], patchsize=core['patchsize'],
                 more_patchsizes=core['patchsize_aggregate'], stride=stride_of(core['patchsize'], core['patchoverlap']), pretrain_dim=core['pretrain_embed_dimension'],
                 target_dim=core['target_embed_dimension'], resize=data['resize'], imagesize=None if data['no_crop'] else data['imagesize'])
-    args |= {k: core[k] for k in ('preprocessing', 'aggregation', 'distance', 'smoothing', 'search', 'precision', 'weights')} | {k: data[k] for k in ('augment', 'train_val_split')}
+    args |= dict(denoise=sampler['denoise'], b=core['reweighting_num_nn'])
+    args |= {k: core[k] for k in ('preprocessing', 'aggregation', 'distance', 'smoothing', 'search', 'precision', 'weights', 'false_alarms', 'confidence')} | {k: data[k] for k in ('augment', 'train_val_split')}
     given = {_NAMES.get(k, k) for part in (core, sampler, data) for k in part['given'] if k != 'name' or (part is sampler and sampler['name'] != 'preset')}
     return args | {k: v for k, v in PRESETS.get(group['preset'], {}).items() if k not in given}
 
@@ -207,7 +226,7 @@ def make_model(
     for o in names: _check_weights(o, core)
     if group['model_format'] != 'both' and not group['save_patchcore_model']: raise click.UsageError('--model_format goes with --save_patchcore_model: pass both or neither')
     parse_size(group['memory_budget'])
-    args = _arguments(group, core, sampler, data) | _runtime(group, core, data) | dict(seed=group['seed'], memory_budget=group['memory_budget'])
+    args = _arguments(group, core, sampler, data) | _runtime(group, core, data) | dict(seed=group['seed'][0], memory_budget=group['memory_budget'])
     models = [PatchCore(backbone=o, layers=layers, **args) for o, layers in zip(names, layers_of(names, core['layers_to_extract_from']))]
     return Ensemble(*models) if len(models) > 1 else models[0]
 
@@ -219,10 +238,15 @@ def show_run(
 )->str: # several lines
     "The results table and where things are."
     columns = {'image_auroc': 'image AUROC', 'pixel_auroc': 'pixel AUROC', 'anomaly_pixel_auroc': 'anomaly pixel AUROC', 'threshold': 'threshold', 'false_alarms': 'false alarms', 'missed': 'missed'}
-    table = done.report.reindex(columns=[o for o in columns if o in done.report or o in REFERENCE_COLUMNS]).rename(columns=columns)
+    report = done.report.reindex(columns=[o for o in columns if o in done.report or o in REFERENCE_COLUMNS])
+    spread = {o: done.report[f'{o}_std'] for o in report if f'{o}_std' in done.report}
+    table = pd.DataFrame({o: [f'{m:.4f} ± {s:.4f}' for m, s in zip(report[o], spread[o])] for o in spread}, report.index) if spread else report
+    table = table.rename(columns=columns)
     lines = ['', table.to_string(float_format='%.4f', na_rep='-'), '', f'results:  {done.folder/"results.csv"}']
-    if group['save_segmentation_images']: lines.append(f'pictures: {done.folder/"segmentation_images"}')
-    if group['save_patchcore_model']: lines.append(f'models:   {done.folder/"models"}')
+    inside = done.folder/'seed_*' if spread else done.folder
+    if not group['no_report']: lines.append(f'report:   {inside/"report.html"}')
+    if group['save_segmentation_images']: lines.append(f'pictures: {inside/"segmentation_images"}')
+    if group['save_patchcore_model']: lines.append(f'models:   {inside/"models"}')
     if 'search_recall' in done.report: lines.append(f'search:   {", ".join(done.searches) or search} finds {done.report["search_recall"].min():.4%} of the nearest neighbours or more')
     if done.done_before: lines.append(f'resumed:  {done.done_before} categories had been done before')
     return '\n'.join(lines)
@@ -255,13 +279,13 @@ def _check_data(data:dict)->dict: # options of the dataset's own
     return options
 
 def find_categories(
-    group:dict, # flags of the command itself
+    seed:int,   # of how a dataset without a split of its own is split
     data:dict,  # of dataset
     need_train:bool=True, # must there be images to learn from?
 )->list[Category]:
     "The categories that the flags name."
     options = _check_data(data)
-    try: return [load_category(data['name'], data['data_path'], d, seed=group['seed'], need_train=need_train, **options) for d in data['subdatasets']]
+    try: return [load_category(data['name'], data['data_path'], d, seed=seed, need_train=need_train, **options) for d in data['subdatasets']]
     except OSError as e: raise DataError(f"{data['data_path']} cannot be read ({e.strerror}): check the path and its permissions") from None
 
 # %% ../nbs/12_cli.ipynb #b84c2671
@@ -299,16 +323,21 @@ def _refuse(flags:dict, names:Sequence[str], why:str):
         if o in flags['given']: raise click.UsageError(f'--{o} {why}: leave it out')
 
 # %% ../nbs/12_cli.ipynb #30790d93
+def _report_args(group:dict)->dict:
+    "What the flags say of the report."
+    return dict(report=not group['no_report'], lang=group['lang'], command=(click.get_current_context().find_root().obj or {}).get('command', ''))
+
 def _run_saved(flags:dict, group:dict):
     "Judge saved models in a folder of their own, like a run."
     loader, data = flags['patch_core_loader'], flags['dataset']
     _refuse(group, ('preset', 'save_patchcore_model', 'resume', 'memory_budget', 'model_format'), 'is for fitting, and saved models are fitted')
+    if len(group['seed']) > 1: raise click.UsageError('several --seed are for fitting, and saved models are fitted: give one')
     _refuse(data, ('augment', 'train_val_split'), 'is for fitting, and saved models are fitted')
     check_folders(loader)
-    categories = find_categories(group, data, need_train=False)
+    categories = find_categories(group['seed'][0], data, need_train=False)
     models = saved_models(group, loader, data, categories)
     folder = run_folder(group['results_path'], group['log_project'], group['log_group'])
-    done = judge_saved(models, categories, folder, (lambda o: folder/'segmentation_images'/o.key) if group['save_segmentation_images'] else None)
+    done = judge_saved(models, categories, folder, (lambda o: folder/'segmentation_images'/o.key) if group['save_segmentation_images'] else None, **_report_args(group))
     click.echo(show_run(done, group))
 
 def _fit_all(flags:dict, group:dict):
@@ -317,9 +346,11 @@ def _fit_all(flags:dict, group:dict):
     coreset_size(1, flags['sampler']['percentage'], 'identity' if (name := flags['sampler']['name']) == 'preset' else name)
     _check_data(data)
     model = make_model(group, core, flags['sampler'], data).check()
-    categories = find_categories(group, data)
-    done = run(model, categories, group['results_path'], group['log_project'], group['log_group'], group['save_patchcore_model'],
-               group['save_segmentation_images'], group['model_format'], group['resume'])
+    seeds, where = group['seed'], (group['results_path'], group['log_project'], group['log_group'])
+    if len(set(seeds)) < len(seeds): raise click.UsageError('a seed is given twice with --seed: give each one once')
+    outputs = dict(save_model=group['save_patchcore_model'], pictures=group['save_segmentation_images'], model_format=group['model_format'], resume=group['resume'], **_report_args(group))
+    if len(seeds) > 1: done = run_seeds(model, lambda seed: find_categories(seed, data), seeds, *where, **outputs)
+    else: done = run(model, find_categories(seeds[0], data), *where, **outputs)
     click.echo(show_run(done, group, core['search']))
 
 # %% ../nbs/12_cli.ipynb #6648e1c9
@@ -358,7 +389,8 @@ def speak(
 ):
     "Run a command: one line for an error, and leave with a status."
     show, warnings.showwarning = warnings.showwarning, _one_line
-    try: status = command.main(args, prog_name=name, standalone_mode=False)
+    typed = shlex.join([name, *(sys.argv[1:] if args is None else args)])
+    try: status = command.main(args, prog_name=name, standalone_mode=False, obj=dict(command=typed))
     except (KeyboardInterrupt, click.Abort):
         print(interrupted, file=sys.stderr)
         status = 130

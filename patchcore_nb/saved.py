@@ -17,13 +17,14 @@ import pandas as pd
 from PIL import Image
 
 from .core import *
-from .cli import DATA_OPTIONS, LOADER_OPTIONS, WEIGHTS_DIR, _Group, _Size, _once, _part, _with, check_folders, find_categories, saved_models, show_run, speak
+from .cli import DATA_OPTIONS, LOADER_OPTIONS, REPORT_OPTIONS, WEIGHTS_DIR, _Group, _Size, _report_args, _once, _part, _with, check_folders, find_categories, saved_models, show_run, speak
 from .data import Category, image_size
 from .ensemble import Ensemble, bank_unit
 from .experiment import judge_saved, picture_name
 from .patchcore import PatchCore, Prediction, as_items
 from .plots import overlay
 from .store import load
+from .thresholds import Calibration
 
 # %% ../nbs/12a_saved.ipynb #a323a705
 def picture_folders(
@@ -40,6 +41,7 @@ def picture_folders(
 @click.option('--gpu', type=int, default=(0,), multiple=True, show_default=True, help='Index of the GPU; the first counts. Without a GPU, 0 warns and takes the CPU; -1 forces the CPU.')
 @click.option('--seed', type=click.IntRange(0, 2**63-1), default=0, show_default=True, help='Seed of how a dataset without a split of its own is split.')
 @click.option('--save_segmentation_images', is_flag=True, help='Save image, mask, map and overlay of every test image.')
+@_with(*REPORT_OPTIONS)
 @click.option('--cache', default=None, help='Folder where the patch embeddings of each image are kept and looked up; may be deleted at any time.')
 def evaluate_cli(**kw):
     "Judge saved models on test sets: RESULTS_PATH patch_core_loader [...] dataset [...]"
@@ -59,9 +61,9 @@ def _evaluate(parts, **group):
     _once([n for n, _ in parts], ('patch_core_loader', 'dataset'))
     flags, folder = dict(parts), Path(group['results_path'])
     check_folders(flags['patch_core_loader'])
-    categories = find_categories(group, flags['dataset'], need_train=False)
+    categories = find_categories(group['seed'], flags['dataset'], need_train=False)
     models = saved_models(group, flags['patch_core_loader'], flags['dataset'], categories)
-    done = judge_saved(models, categories, folder, picture_folders(folder, categories) if group['save_segmentation_images'] else None)
+    done = judge_saved(models, categories, folder, picture_folders(folder, categories) if group['save_segmentation_images'] else None, **_report_args(group))
     click.echo(show_run(done, group | dict(save_segmentation_images=False, save_patchcore_model=False)))
 
 # %% ../nbs/12a_saved.ipynb #cda1b9aa
@@ -136,15 +138,16 @@ def predict_files(
     items:Sequence,           # paths of images
     folder:str|Path,          # where maps/ goes
     maps:str='png',           # in `MAPS`
-)->Iterator[dict]: # for each image its path, score, verdict and maps
+)->Iterator[dict]: # for each image its path, score, p-value, verdict and maps
     "Score image files, and write their maps."
     check_written(items, folder, maps)
     names, scale = names_for(items), colour_scale(model) if maps in ('png', 'both') else (0., 1.)
     for first in range(0, len(items), CHUNK):
         p = model.predict(items[first:first+CHUNK])
+        chances = [None]*len(p) if p.p_values is None else p.p_values.tolist()
         for i, (path, name) in enumerate(zip(p.images, names[first:])):
             written = write_map(p, i, name, Path(folder)/'maps', maps, scale) if maps != 'none' else []
-            yield dict(image=Path(path).as_posix(), score=float(p.image_scores[i]), anomalous=None if p.threshold is None else bool(p.verdicts[i]), maps=[o.relative_to(folder).as_posix() for o in written])
+            yield dict(image=Path(path).as_posix(), score=float(p.image_scores[i]), p_value=chances[i], anomalous=None if p.threshold is None else bool(p.verdicts[i]), maps=[o.relative_to(folder).as_posix() for o in written])
 
 # %% ../nbs/12a_saved.ipynb #858aa9e6
 FORMATS = 'csv', 'json', 'both'
@@ -152,7 +155,7 @@ FORMATS = 'csv', 'json', 'both'
 def write_predictions(
     rows:Sequence[dict],  # as `predict_files` yields them
     folder:str|Path,      # where to
-    threshold:float|None, # the model's
+    calibration:Calibration|None, # the model's
     kind:str='both',      # in `FORMATS`
 )->list[Path]: # what was written
     "Write scores.csv and scores.json."
@@ -162,7 +165,7 @@ def write_predictions(
         with replacing(folder/'scores.csv') as temp: table.to_csv(temp, index=False, lineterminator='\n', encoding='utf-8')
         written.append(folder/'scores.csv')
     if kind in ('json', 'both'):
-        with replacing(folder/'scores.json') as temp: temp.write_text(json.dumps(dict(threshold=threshold, images=rows), indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
+        with replacing(folder/'scores.json') as temp: temp.write_text(json.dumps(dict(threshold=calibration and calibration.threshold, map_threshold=calibration and calibration.map_threshold, promise=calibration and calibration.promise, images=rows), indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
         written.append(folder/'scores.json')
     return written
 
@@ -186,7 +189,7 @@ def predict_cli(model, images, output, kind, maps, gpu, batch_size, num_workers,
     check_written(items, output, maps, [Path(output)/'scores.csv', Path(output)/'scores.json'])
     loaded = load(model, resize=resize, imagesize=imagesize, device=gpu, batch_size=batch_size, num_workers=num_workers, weights_dir=weights_dir)
     with progress(predict_files(loaded, items, output, maps), 'scoring', len(items), True) as bar: rows = list(bar)
-    written = write_predictions(rows, output, loaded.threshold_, kind)
+    written = write_predictions(rows, output, loaded.calibration_, kind)
     bad = '' if loaded.threshold_ is None else f', {sum(o["anomalous"] for o in rows)} called anomalous (above {loaded.threshold_:.4g})'
     click.echo(f'{len(rows)} images{bad}: {", ".join(map(str, written))}'+('' if maps == 'none' else f', {Path(output)/"maps"}'))
 
