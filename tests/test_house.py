@@ -39,8 +39,8 @@ def pictures(outputs): return [o for o in outputs if any(k in o.get('data', {}) 
 
 
 # Who may import whom. The stages 01 to 06 know core alone; a lettered notebook also knows its own number.
-# 09 knows 01, because a report shows test images, and their masks are read by the data's rules.
-MAY = {0: set(), **dict.fromkeys(range(1, 7), {0}), 8: {0, 7}, 9: {0, 1, 6, 7}, 12: set(range(11))}
+# 08 knows 01 and 06, because a saved model says how images are cut and what scores are held against; 09 knows 01, because a report shows test images, whose masks are read by the rules of the data.
+MAY = {0: set(), **dict.fromkeys(range(1, 7), {0}), 8: {0, 1, 6, 7}, 9: {0, 1, 6, 7}, 12: set(range(11))}
 
 def place(notebook):
     "'02a_filterbank.ipynb' -> (2, 'a')"
