@@ -111,8 +111,8 @@ def test_where_nothing_is_cut_each_category_has_its_own_size(call, data):
     make_miniature(data, 'turned', n_train=2, size=(64, 40), seed=3) # whose training images are wide
     shutil.rmtree(data/'turned'/'train'); shutil.copytree(data/'wide'/'train', data/'turned'/'train')
     make_miniature(data, 'bare', n_train=0, size=(40, 64), seed=4)
-    model = [fit(call, dataset='-d tile --imagesize 56 --resize 64')/'models'/'mvtec_tile']
-    sizes = {'tile': (76, 64), 'wide': (64, 102), 'turned': (64, 102), 'bare': (64, 102)}
+    model = [fit(call, dataset='-d tile --imagesize 64 --resize 72')/'models'/'mvtec_tile']
+    sizes = {'tile': (86, 72), 'wide': (72, 115), 'turned': (72, 115), 'bare': (72, 115)}
     want = {o: store.load(model[0], device='cpu', resize=size, imagesize='whole', batch_size=2).predict(load_category('mvtec', data, o, need_train=False).test).image_scores.numpy() for o, size in sizes.items()}
     for i, names in enumerate((list(sizes), list(sizes)[::-1])):
         _, _, scores = evaluate_on(call, model, names, '--no_crop', f'judged{i}')
