@@ -77,7 +77,7 @@ def test_models_in_both_formats(call, tmp_path):
     torch.manual_seed(0)
     torch.save(torchvision.models.resnet18().state_dict(), weights/'resnet18.pth')
     core_args = CORE.replace('--weights random', f'--weights_dir {weights}')
-    assert call('--save_patchcore_model', core_args)[0] == 0
+    assert call('--save_patchcore_model', core_args, dataset='--imagesize 56 --resize 64 -d tile')[0] == 0
     home = tmp_path/'results'/'project'/'group'/'models'/'mvtec_tile'
     assert only(home, '*') == ['model.json', 'model.safetensors', 'nnscorer_search_index.faiss', 'patchcore_params.pkl']
     params = pickle.loads((home/'patchcore_params.pkl').read_bytes())
@@ -86,7 +86,7 @@ def test_models_in_both_formats(call, tmp_path):
     ours = json.loads((home/'x').read_text())
     assert ours['params']['resize'] == 64 and ours['params']['seed'] == 0 and set(ours['sha256']) == {'model.safetensors', 'nnscorer_search_index.faiss', 'patchcore_params.pkl'}
     image = tmp_path/'data'/'tile'/'test'/'spot'/'000.png'
-    theirs = store.load(home, weights_dir=weights, device='cpu', resize=64).predict(image).image_scores
+    theirs = store.load(home, weights_dir=weights, device='cpu').predict(image).image_scores
     (home/'x').rename(home/'model.json')
     assert torch.equal(theirs, store.load(home, weights_dir=weights, device='cpu').predict(image).image_scores)
 
@@ -244,7 +244,8 @@ def test_threshold_from_held_out_images(call, tmp_path):
     code, _, out = call('--save_patchcore_model', dataset=f'{SMALL} -d tile --train_val_split 0.5', path=path)
     assert code == 0 and 'threshold' in out and 'false alarms' in out
     values = json.loads(next((tmp_path/'results').rglob('model.json')).read_text())
-    assert values['learned']['threshold'] > 0 and values['learned']['n_images'] == 20
+    found = values['learned']['calibration']
+    assert found['threshold'] > 0 and found['promise'] == 'average' and len(found['scores']) == values['learned']['n_images'] == 20
 
 
 # Bad input
