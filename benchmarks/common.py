@@ -20,7 +20,7 @@ from torch import Tensor
 
 from patchcore_nb.core import generator
 from patchcore_nb.data import Category, load_category
-from patchcore_nb.demo import DEMO_CATEGORIES # the import registers the set
+from patchcore_nb.demo import DEMO_CATEGORIES, Dice, draw_cog, draw_denim, draw_sieve, demo_files, photograph, png_bytes # the import registers the set
 from patchcore_nb.memory import release
 from patchcore_nb.patchcore import PatchCore
 from patchcore_nb.samplers import farthest_points
@@ -170,6 +170,35 @@ def subject(
     root = os.environ.get('PATCHCORE_NB_TESTDATA')
     if not root: return f'demo {DEMO_CATEGORIES[-1]}', load_category('demo', folder, DEMO_CATEGORIES[-1]), dict(backbone='filterbank')
     return 'bottle', load_category('mvtec', Path(root)/'data'/'mvtec256', 'bottle'), dict(backbone='resnet18', weights_dir=Path(root)/'weights')
+
+
+def larger_demo(
+    folder:Path,   # where the images go
+    name:str,      # one of `DEMO_CATEGORIES`
+    n_train:int,   # training images
+    n_good:int,    # good test images
+    n_each:int,    # test images of each kind of defect, from slight to plain; at least 2
+)->Category:
+    "A category of the demo set with as many images as are wanted, drawn by the same functions from other dice."
+    draw, unsteady = dict(denim=(draw_denim, .22), sieve=(draw_sieve, .18), cog=(draw_cog, .14))[name]
+    kinds = sorted({o.split('/')[1] for o in demo_files(name)}-{'good'})
+    wanted = [('train', 'good', i, 0) for i in range(n_train)]+[('test', 'good', i, 0) for i in range(n_good)]
+    wanted += [('test', kind, i, i/(n_each-1)) for kind in kinds for i in range(n_each)]
+    for split, kind, i, size in wanted:
+        dice = Dice(f'larger/{name}/{split}/{kind}/{i}')
+        scene, mask = draw(dice, kind, size)
+        files = {f'{split}/{kind}/{i:03}.png': photograph(dice, scene, unsteady)}
+        if kind != 'good': files[f'ground_truth/{kind}/{i:03}_mask.png'] = mask.astype('uint8')*255
+        for path, image in files.items():
+            (folder/name/path).parent.mkdir(parents=True, exist_ok=True)
+            (folder/name/path).write_bytes(png_bytes(image))
+    return load_category('mvtec', folder, name)
+
+
+def bottle()->tuple[Category,dict]|None: # category, arguments of the model; None: not at hand
+    "Bottle with ResNet-18, where PATCHCORE_NB_TESTDATA names a folder with data/ and weights/."
+    if not (root := os.environ.get('PATCHCORE_NB_TESTDATA')): return None
+    return load_category('mvtec', Path(root)/'data'/'mvtec256', 'bottle'), dict(backbone='resnet18', weights_dir=Path(root)/'weights')
 
 
 def real_patches(
