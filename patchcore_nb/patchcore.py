@@ -417,6 +417,7 @@ def _learn(self:PatchCore, images, plan:Plan|None=None)->tuple[Tensor,Tensor]: #
     with stage(self.stages_, 'embed'): bank = self._fill(train, plan)
     release()
     with stage(self.stages_, 'coreset'): core, memory_bank = self._pick(bank, plan)
+    release()
     self.n_images_, self.held_ = len(keep), [items[i] for i in held]+aside
     self.idxs_, self.anchor_dists_, self.sizes_, self.radii_ = core.idxs, core.anchor_dists, core.sizes, core.radii
     self.origin_, self.digests_ = self._places(core.idxs, keep), self._digests(items, keep)
@@ -504,6 +505,7 @@ def fit(self:PatchCore,
     "Remember what good patches look like."
     memory_bank, bank = self._learn(images, plan)
     with stage(self.stages_, 'encode'): self._remember(memory_bank)
+    release()
     if self.false_alarms and not self.held_ and stored_of_others(self.origin_[:, 0]) >= self.k:
         with stage(self.stages_, 'leave out'): self.left_out_ = self._leave_out(bank)
     del bank, memory_bank
