@@ -201,7 +201,7 @@ def matches(
     chosen:Sequence[int],     # which of these
 )->list[dict]: # as `match_of` returns them, with name, kind and score of the image
     "What the strangest patches of some images were compared with; nothing for ensembles and models that do not know."
-    if isinstance(model, Ensemble) or getattr(model, 'origin_', None) is None or prediction.nn_idxs is None: return []
+    if isinstance(model, Ensemble) or getattr(model, 'origin_', None) is None or prediction.nn_idxs is None or not category.train: return []
     train = as_items(category)
     found = [(i, match_of(model, train, prediction, i)) for i in chosen]
     return [dict(name=_name(category.test[i].path), kind=category.test[i].kind, label=category.test[i].label, score=_plain(prediction.image_scores[i]), **o) for i, o in found if o]

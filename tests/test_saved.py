@@ -76,7 +76,7 @@ def test_evaluate_repeats_the_run(call, core):
     for o in ('scores', 'metrics.csv'): assert (judged/o).exists()
     was, now = (pd.read_csv(o/'scores'/'mvtec_tile.csv') for o in (run, judged))
     assert np.allclose(was.score, now.score, rtol=1e-5) and was.drop(columns='score').equals(now.drop(columns='score'))
-    assert was.columns.tolist() == ['image', 'kind', 'label', 'score'] and was.label.tolist() == [0, 0, 1, 1]
+    assert was.columns.tolist() == ['image', 'kind', 'label', 'score', 'p_value'] and was.label.tolist() == [0, 0, 1, 1]
 
 def test_the_loader_in_the_place_of_patch_core(call):
     run = fit(call, dataset=f'{SMALL} -d tile -d other')
