@@ -103,6 +103,7 @@ def _found(bad:np.ndarray)->Counts:
     none = np.zeros(len(gained), np.int64)
     return Counts(thresholds[::-1], gained[::-1], none, none, 0)
 
+# %% ../nbs/06_evaluation.ipynb #225a190d
 def counts(
     scores, # (n,) or any shape; higher = more anomalous
     labels, # the same shape; True = defective
@@ -248,6 +249,7 @@ def weigh_regions(
     "Let every region weigh the same, whatever its size."
     return c._replace(gained=np.bincount(rows_of(c, maps[masks]), region_weights(masks), len(c.thresholds)))
 
+# %% ../nbs/06_evaluation.ipynb #274ee4c3
 def aupro(
     maps,            # (B, H, W) anomaly maps
     masks,           # (B, H, W) True = defective
@@ -400,6 +402,7 @@ def _from_pixels(maps, masks, labels:np.ndarray, limits:Sequence[float])->dict[s
     vanished = add_good(c, maps, labels & ~defect)
     return pixel_figures(merged(merged(anomaly, good), vanished), anomaly, regions, pimo, limits)
 
+# %% ../nbs/06_evaluation.ipynb #43e6cb90
 def evaluate(
     image_scores,    # (B,) higher = more anomalous
     labels,          # (B,) True = defective

@@ -138,6 +138,7 @@ def settings_of(
 
 INTERVALS, KINDS = 'intervals.csv', 'kinds.csv'
 
+# %% ../nbs/10_experiment.ipynb #5998048f
 def _add_rows(path:Path, key:str, table:pd.DataFrame):
     "Add a category's rows to a table that holds those of others."
     if not len(table): return
@@ -249,6 +250,7 @@ class Outputs:
     lang:str='en'            # of the report: a name in `report.TEXTS`
     command:str=''           # of the report: what was typed
 
+# %% ../nbs/10_experiment.ipynb #a199c287
 def _predict(model:PatchCore|Ensemble, category:Category, folder:Path, log:list)->tuple[Prediction,dict[str,float],Details]:
     "Predict and judge one category; write its tables."
     with stage(log, 'predict'): prediction = model.predict(category.test)
@@ -382,6 +384,7 @@ def _write_seeds(folder:Path, settings:dict, done:pd.DataFrame, seeds:Sequence[i
     with replacing(folder/SETTINGS) as temp: temp.write_text(json.dumps(state, indent=1)+'\n', encoding='utf-8')
     return table
 
+# %% ../nbs/10_experiment.ipynb #3f8170bb
 def run_seeds(
     model:PatchCore|Ensemble,  # its arguments but for the seed
     find:Callable,             # seed -> categories, since the seed may also split the data

@@ -468,6 +468,7 @@ def _taken(self:PatchCore, bank:Tensor, rows:Tensor, plan:Plan)->Tensor: # (n, D
     for a, b in zip(out.split(4096), rows.split(4096)): a.copy_(bank[b.to(bank.device)])
     return out
 
+# %% ../nbs/07_patchcore.ipynb #e9998b0b
 @patch
 def _leave_out(self:PatchCore, bank:Tensor)->LeftOut:
     "Judge training images, each without itself; as they are, not turned."

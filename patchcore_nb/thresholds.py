@@ -52,6 +52,7 @@ def threshold_rank(
     doubt = float(_doubt(confidence))*(1+1e-9)
     return bisect_right(range(n), doubt, key=lambda k: bdtr(k, n, float(level)))
 
+# %% ../nbs/06c_thresholds.ipynb #b31d1996
 def images_needed(
     alpha:float,           # target false-alarm rate, in (0, 1)
     confidence:float=None, # that the true rate keeps it, in (0, 1); default: it does on average
