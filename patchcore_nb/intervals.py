@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['resamples', 'is_figure', 'naive_figures', 'areas', 'precision_areas', 'best_f1s', 'resampled_figures',
-           'perfect_auroc_bound', 'share_interval', 'bootstrap', 'compare', 'over_seeds']
+           'by_kind_of_rows', 'perfect_auroc_bound', 'share_interval', 'bootstrap', 'compare', 'over_seeds']
 
 # %% ../nbs/06b_intervals.ipynb #37cf6841
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from scipy.stats import binomtest
 
 from .core import ArgumentError
 from .evaluation import LIMITS, _checked, _finite, aupro_names, evaluate, room_between
+from .pixels import GOOD_KIND
 
 # %% ../nbs/06b_intervals.ipynb #79ba0dc2
 def resamples(
@@ -147,6 +148,20 @@ def resampled_figures(
     parts = [_pixel_part(o, rows, labels, limits) for o in parts]
     figures |= {k: np.concatenate([o[k] for o in parts]) for k in parts[0]}
     return figures if marks is None else figures | dict(seg_f1=_seg_f1s(weights, rows[1].sum(1), *map(np.asarray, marks)))
+
+# %% ../nbs/06b_intervals.ipynb #f304149c
+def by_kind_of_rows(
+    image_scores,              # (B,) higher = more anomalous
+    kinds:Sequence[str],       # (B,) name of the kind of defect, or "good"
+    rows:Sequence[np.ndarray], # three of shape (B, bins), as for `resampled_figures`
+    limits:Sequence[float]=LIMITS, # false positive rates up to which AUPRO is taken, in (0, 1]
+)->pd.DataFrame: # a row per kind of defect, by name: `n_images` and the figures
+    "The figures of each kind of defect against all good images."
+    kinds = np.array([str(o) for o in kinds], object)
+    names = sorted(set(kinds)-{GOOD_KIND})
+    weights = np.array([(kinds == GOOD_KIND) | (kinds == o) for o in names], np.int64).reshape(-1, len(kinds))
+    figures = resampled_figures(weights, image_scores, kinds != GOOD_KIND, rows, limits) if names else {}
+    return pd.DataFrame(dict(n_images=[int((kinds == o).sum()) for o in names], **figures), names)
 
 # %% ../nbs/06b_intervals.ipynb #46d2f4af
 def perfect_auroc_bound(
