@@ -104,6 +104,12 @@ def _check_rows(rows, labels:np.ndarray)->list[np.ndarray]:
         raise ArgumentError(f'rows of good images must have no defective pixels, got {wrong.size} that do, the first at {wrong[0]}: are rows in the order of labels?')
     return rows
 
+def _joined(rows:list[np.ndarray])->list[np.ndarray]:
+    "The same figures from fewer bins: between two that hold defective pixels, those that hold good ones alone become one."
+    busy = rows[1].any(0)
+    starts = np.flatnonzero(np.append(True, busy[1:] | busy[:-1]))
+    return [np.add.reduceat(o, starts, axis=1) for o in rows]
+
 def _summed(weights:np.ndarray, rows:np.ndarray)->np.ndarray: # (n, K) float64
     "Sums over resamples; rows become float64 here and for this long, since they are most of the memory."
     return weights @ rows.astype(np.float64, copy=False)
@@ -147,7 +153,7 @@ def resampled_figures(
     steps = _image_steps(weights, scores, labels)
     figures = dict(image_auroc=areas(*steps), image_ap=precision_areas(*steps), image_f1max=best_f1s(*steps))
     if rows is None: return figures
-    rows = _check_rows(rows, labels)
+    rows = _joined(_check_rows(rows, labels))
     parts = np.array_split(weights, ceil(weights.shape[0]*rows[0].shape[1]/300_000)) # what fits into a cache
     parts = [_pixel_part(o, rows, labels, limits) for o in parts]
     figures |= {k: np.concatenate([o[k] for o in parts]) for k in parts[0]}
