@@ -165,13 +165,14 @@ def by_kind_of_rows(
     kinds:Sequence[str],       # (B,) name of the kind of defect, or "good"
     rows:Sequence[np.ndarray], # three of shape (B, bins), as for `resampled_figures`
     limits:Sequence[float]=LIMITS, # false positive rates up to which AUPRO is taken, in (0, 1]
-)->pd.DataFrame: # a row per kind of defect, by name: `n_images` and the figures
+)->pd.DataFrame: # a row per kind of defect, by name; the columns of `by_kind` but for `missed`
     "The figures of each kind of defect against all good images."
     kinds = np.array([str(o) for o in kinds], object)
     names = sorted(set(kinds)-{GOOD_KIND})
     weights = np.array([(kinds == GOOD_KIND) | (kinds == o) for o in names], np.int64).reshape(-1, len(kinds))
     figures = resampled_figures(weights, image_scores, kinds != GOOD_KIND, rows, limits) if names else {}
-    return pd.DataFrame(dict(n_images=[int((kinds == o).sum()) for o in names], **figures), names)
+    columns = ['n_images', 'image_auroc', 'image_ap', 'pixel_auroc', 'pixel_ap', *aupro_names(limits), 'aupimo']
+    return pd.DataFrame(dict(n_images=[int((kinds == o).sum()) for o in names], **figures), names).reindex(columns=columns)
 
 # %% ../nbs/06b_intervals.ipynb #46d2f4af
 def perfect_auroc_bound(
