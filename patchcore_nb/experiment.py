@@ -129,7 +129,7 @@ def look_closer(
 )->Details:
     "Intervals, and figures by kind of defect."
     labels, seen = np.array([o.label for o in samples]), prediction.over_set()
-    if not labels.any(): return Details(pd.DataFrame(columns=['value', 'low', 'high']), pd.DataFrame())
+    if not labels.any(): return Details(_rates(prediction, labels), pd.DataFrame())
     kinds = [o.kind if o.label else GOOD_KIND for o in samples]
     table = bootstrap(seen.image_scores, labels, pixels.rows, seed=seed, marks=pixels.marks)
     table['value'] = [figures[k] for k in table.index] # rows are a little coarser
@@ -201,10 +201,10 @@ INTERVALS, KINDS = 'intervals.csv', 'kinds.csv'
 
 # %% ../nbs/10_experiment.ipynb #5998048f
 def _add_rows(path:Path, key:str, table:pd.DataFrame):
-    "Add a category's rows to a table that holds those of others."
-    if not len(table): return
+    "Put a category's rows into a table that holds those of others, in the place of any that it had."
+    if not len(table) and not path.is_file(): return
     new = table.rename_axis(['name']).reset_index().assign(category=key)
-    old = pd.read_csv(path, encoding='utf-8') if path.is_file() else new.iloc[:0]
+    old = pd.read_csv(path, encoding='utf-8', dtype=str, keep_default_na=False) if path.is_file() else new.iloc[:0] # letter for letter
     whole = pd.concat([o for o in (old[old.category != key], new) if len(o)] or [new])
     with replacing(path) as temp: whole[['category', *(o for o in whole if o != 'category')]].to_csv(temp, index=False, lineterminator='\n', encoding='utf-8')
 
@@ -490,11 +490,13 @@ def judge_saved(
     folder, done, model, searches = make_folder(folder), pd.DataFrame(), None, {}
     for i, o in enumerate(categories):
         if i < len(models): model = models[i]()
+        if not i: # tables of an earlier evaluation
+            for name in (INTERVALS, KINDS): (folder/name).unlink(missing_ok=True)
         figures = _report(model, o, folder, pictures and pictures(o), Outputs(report=report), [], [])
         searches |= {m.search: None for m in _members(model) if m.search != 'exact'}
         done = pd.concat([done, pd.DataFrame(figures, [o.key])])
         _write_tables(folder, done)
-        if report: write_report(folder, [x.key for x in categories], lang, **_head(model, settings_of(model, categories), command))
+        if report: write_report(folder, list(done.index), lang, **_head(model, settings_of(model, categories), command))
     return Run(folder, with_mean(done), 0, tuple(searches))
 
 # %% ../nbs/10_experiment.ipynb #0b2370ad
@@ -541,13 +543,13 @@ class Nested(Exact):
         return [(d.square(), i) for d, i in zip(dists, idxs)]
 
 # %% ../nbs/10_experiment.ipynb #ba059ef0
-def _scores(q:Tensor, dists:Tensor, idxs:Tensor, how:str, distance:str, bank:Tensor, search, shape:tuple[int,int,int])->tuple[Tensor,Tensor]: # (B,) image scores; (B, h, w) patch scores
+def _scores(q:Tensor, dists:Tensor, idxs:Tensor, how:str, distance:str, b:int, bank:Tensor, search, shape:tuple[int,int,int])->tuple[Tensor,Tensor]: # (B,) image scores; (B, h, w) patch scores
     "What a model with this memory bank would say of a batch."
     grid = DISTANCES[distance](dists).mean(1).view(shape) # (B, h, w)
     scores = image_scores(grid, how)
     if how == 'reweighted':
         worst = grid.flatten(1).argmax(1)+torch.arange(len(grid), device=q.device)*grid[0].numel() # (B,) rows of q
-        scores = reweight(scores, q[worst], idxs[worst, 0], bank, search=search)
+        scores = reweight(scores, q[worst], idxs[worst, 0], bank, b, search)
     return scores.cpu(), grid.cpu()
 
 def _sweep_scores(model:PatchCore, bank:Tensor, items:Sequence, sizes:list[int], ks:list[int], hows:Sequence[str])->dict[tuple,list]:
@@ -561,7 +563,7 @@ def _sweep_scores(model:PatchCore, bank:Tensor, items:Sequence, sizes:list[int],
         with limit_threads(model.search_threads): near = search(q, ks[-1])
         for m, (dists, idxs) in zip(ends, near):
             for k, how in itertools.product(ks, hows):
-                found.setdefault((m, k, how), []).append(_scores(q, dists[:, :k], idxs, how, model.distance, bank[:m], whole.get(m), patches.shape[:3]))
+                found.setdefault((m, k, how), []).append(_scores(q, dists[:, :k], idxs, how, model.distance, model.b, bank[:m], whole.get(m), patches.shape[:3]))
     return found
 
 
