@@ -222,8 +222,9 @@ def _check_arguments(self:PatchCore):
 def check_size(self:PatchCore,
     n:int, # training images
 )->tuple[list[int],list[int],int]: # indices to remember; to hold out; M, patches that will be remembered
-    "Refuse a number of images that is too small for the split, for k or for re-weighting."
+    "Refuse a number of images that is too small for the split, to be compared, for k or for re-weighting."
     keep, held = hold_out(n, self.train_val_split, self.seed)
+    if self.denoise and len(keep) < 2: raise ArgumentError('denoise compares training images with one another, and there is only one: pass more images, or leave denoise out')
     n = self._n_patches(len(keep))
     return keep, held, self._check_kept(coreset_size(n-int(n*self.denoise), self.ratio, self.sampler))
 
@@ -461,7 +462,7 @@ def _clean(self:PatchCore, bank:Tensor)->Tensor: # (n,) int64 rows to pick from,
     "Find the patches that no other image explains."
     n, (h, w) = self._n_patches(1), self.grid_
     core = coreset(bank, min(1., max(CLEANER, 512/len(bank))), 'approx_greedy_coreset', self._seed(), self.show)
-    dists, _ = leave_one_out(enumerate(bank.split(n)), bank[core.idxs.to(bank.device)].to(self.search_device_), core.idxs//n)
+    with limit_threads(self.search_threads): dists, _ = leave_one_out(enumerate(bank.split(n)), bank[core.idxs.to(bank.device)].to(self.search_device_), core.idxs//n)
     return cleaned(dists[..., 0].flatten(), self.denoise)
 
 @patch
@@ -539,7 +540,7 @@ class Prediction:
 
     @property
     def map_threshold(self)->float|None: # None: the model has none
-        "An image of whose map any pixel is above it is called anomalous, too."
+        "Pixels above it are marked; `verdicts` do not ask it."
         return self.calibration and self.calibration.map_threshold
 
     @property
