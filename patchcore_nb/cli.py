@@ -251,7 +251,7 @@ def show_run(
     if not group['no_report']: lines.append(f'report:   {inside/"report.html"}')
     if group['save_segmentation_images']: lines.append(f'pictures: {inside/"segmentation_images"}')
     if group['save_patchcore_model']: lines.append(f'models:   {inside/"models"}')
-    if 'search_recall' in done.report: lines.append(f'search:   {", ".join(done.searches) or search} finds {done.report["search_recall"].min():.4%} of the nearest neighbours or more')
+    if 'search_recall' in done.report: lines.append(f'search:   {", ".join(done.searches) or search} finds {done.report["search_recall"].min():.4%} of the nearest neighbours {"on average over seeds" if spread else "or more"}')
     if done.done_before: lines.append(f'resumed:  {done.done_before} categories had been done before')
     return '\n'.join(lines)
 
