@@ -356,12 +356,14 @@ def _write_section(folder:Path, model:PatchCore|Ensemble, category:Category, pre
 
 def write_report(
     folder:str|Path,     # of a run: its report/ has a file for each category
-    keys:Sequence[str],  # of the categories, in order
+    keys:Sequence[str],  # of the categories that are done, in order
     lang:str='en',       # a name in `report.TEXTS`
     **head               # what else the report says of the run, as `render` takes it
 )->Path: # report.html
     "Write the report of a run."
-    sections = [json.loads((Path(folder)/SECTIONS/f'{o}.json').read_text(encoding='utf-8')) for o in keys if (Path(folder)/SECTIONS/f'{o}.json').is_file()]
+    paths = {o: Path(folder)/SECTIONS/f'{o}.json' for o in keys}
+    if lost := [o for o, p in paths.items() if not p.is_file()]: warnings.warn(f"{', '.join(lost)} was done without a report, and is missing in {REPORT}: its figures are in {METRICS}")
+    sections = [json.loads(p.read_text(encoding='utf-8')) for o, p in paths.items() if o not in lost]
     with replacing(Path(folder)/REPORT) as temp: temp.write_text(render(sections, head, lang), encoding='utf-8')
     return Path(folder)/REPORT
 
@@ -419,7 +421,7 @@ def run(
             if o.key in done.index: continue
             figures = _one_category(checked.fresh(), o, folder, outputs)
             done = pd.concat([done, pd.DataFrame(figures, [o.key])])
-            if report: write_report(folder, [x.key for x in categories], lang, **_head(model, settings, command))
+            if report: write_report(folder, list(done.index), lang, **_head(model, settings, command))
             _write_state(folder, settings, done, complete=len(done) == len(categories))
     return Run(folder, with_mean(done), before)
 
