@@ -196,11 +196,12 @@ def test_make_demo_runs_every_category():
     from patchcore_nb.demo import DEMO_CATEGORIES
     assert re.findall(r' -d (\S+)', (ROOT/'Makefile').read_text(encoding='utf-8')) == list(DEMO_CATEGORIES)
 
-def test_readme_is_current(monkeypatch):
+def test_documents_are_current(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert not readme.differing(readme.wanted()), 'run `make readme`'
 
-def test_readme_links_lead_somewhere():
-    text = re.sub(r'```.*?```|`[^`\n]*`', '', (ROOT/'README.md').read_text(encoding='utf-8'), flags=re.DOTALL)
+@pytest.mark.parametrize('document', readme.DOCUMENTS.values())
+def test_links_of_documents_lead_somewhere(document):
+    text = re.sub(r'```.*?```|`[^`\n]*`', '', (ROOT/document).read_text(encoding='utf-8'), flags=re.DOTALL)
     links = [m.split('#')[0] for m in re.findall(r'(?:\]\(|\b(?:src|href)=")([^)"\s]+)', text)]
     assert links and not [m for m in links if m and not re.match(r'[a-z]+:', m) and not (ROOT/m).exists()]

@@ -1,4 +1,4 @@
-"The tools behind make: the README's generator, and the check that clean and export change nothing."
+"The tools behind make: the generator of README and its like, and the check that clean and export change nothing."
 import base64
 import subprocess
 import sys
@@ -10,7 +10,7 @@ import readme
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 TOOLS = Path(readme.__file__).parent
-PNG = base64.b64encode(b'a picture').decode()
+PNG, OTHER = (base64.b64encode(o).decode() for o in (b'a picture', b'another'))
 
 
 def notebook(*cells):
@@ -47,14 +47,25 @@ def test_richest_output_that_markdown_can_show():
     with pytest.raises(ValueError, match='nbs/index.ipynb, cell 1: an output has none'): body(('x', shown(text_html='<b>')))
 
 def test_pictures_become_files():
-    text, pictures = readme.build(notebook('# T\n\n> s', ('#| echo: false\n#| fig-cap: "A: b"\nx', shown(image_png=PNG)), ('#| fig-alt: c\nx', shown(image_png=PNG))))
-    assert pictures == {'figure-1.png': b'a picture', 'figure-2.png': b'a picture'}
+    text, pictures = readme.build(notebook('# T\n\n> s', ('#| echo: false\n#| fig-cap: "A: b"\nx', shown(image_png=PNG)), ('#| fig-alt: c\nx', shown(image_png=OTHER))))
+    assert pictures == {'figure-1.png': b'a picture', 'figure-2.png': b'another'}
     assert '![A: b](nbs/images/readme/figure-1.png)\n\n*A: b*' in text and '![c](nbs/images/readme/figure-2.png)' in text
 
 def test_links_are_seen_from_the_root():
     assert body('[a](04_samplers.ipynb#x) [`b`](../LICENSE) ![c](images/c.png) [d](https://d) [e](#e) <img src="f.png">') == (
         '[a](nbs/04_samplers.ipynb#x) [`b`](LICENSE) ![c](nbs/images/c.png) [d](https://d) [e](#e) <img src="nbs/f.png">')
     assert body('`x[0](y)`\n\n```\n[x](y)\n```') == '`x[0](y)`\n\n```\n[x](y)\n```'
+
+def test_links_to_documents_lead_to_the_documents():
+    assert body('[a](index_zh.ipynb) [b](contributing.ipynb#c)') == '[a](README.zh.md) [b](CONTRIBUTING.md#c)'
+
+def test_a_picture_is_kept_once():
+    "The twin shows the README's own picture; another one gets the next number."
+    shows = lambda *pictures: notebook('# T\n\n> s', *[('#| echo: false\nx', shown(image_png=o)) for o in pictures])
+    _, pictures = readme.build(shows(PNG))
+    text, pictures = readme.build(shows(OTHER, PNG), 'index_zh.ipynb', pictures=pictures)
+    assert pictures == {'figure-1.png': b'a picture', 'figure-2.png': b'another'}
+    assert 'edit nbs/index_zh.ipynb' in text and text.index('figure-2.png') < text.index('figure-1.png')
 
 @pytest.mark.parametrize('cell, message', [
     (('#| code-fold: true\n1',), 'does not know.*code-fold'), (('1/0', new_output('error', ename='E', evalue='v', traceback=[])), 'stored an error: E: v'),
