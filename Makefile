@@ -20,15 +20,16 @@ test: $(VENV)/installed-dev
 	$(BIN)/python tools/pages.py
 	$(BIN)/python -m pytest tests
 
-## make docs    pip install -e '.[dev]'  then python tools/pages.py --render (the site, into _docs/)
+## make docs    pip install -e '.[dev]'  then python tools/pages.py --render (the site, into _docs/; without Quarto by Sphinx, which takes pip install -e '.[docs]')
 docs: $(VENV)/installed-dev
+	command -v quarto >/dev/null || $(BIN)/python -m pip install -q -e '.[docs]'
 	$(BIN)/python tools/pages.py --render
 
-## make lab     pip install -e '.[dev]'  then jupyter lab nbs
+## make lab     pip install -e '.[dev]'  then jupyter lab nbs/tutorials
 lab: $(VENV)/installed-dev
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab nbs/tutorials
 
-## make readme  pip install -e '.[dev]'  then python tools/readme.py (README.md from nbs/index.ipynb)
+## make readme  pip install -e '.[dev]'  then python tools/readme.py (README.md and the other documents, from their notebooks)
 readme: $(VENV)/installed-dev
 	$(BIN)/python tools/readme.py
 
