@@ -25,9 +25,9 @@ docs: $(VENV)/installed-dev
 	command -v quarto >/dev/null || $(BIN)/python -m pip install -q -e '.[docs]'
 	$(BIN)/python tools/pages.py --render
 
-## make lab     pip install -e '.[dev]'  then jupyter lab nbs/tutorials
+## make lab     pip install -e '.[dev]'  then jupyter lab --LabApp.default_url=/lab/tree/nbs/tutorials
 lab: $(VENV)/installed-dev
-	$(BIN)/jupyter lab nbs/tutorials
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/tutorials
 
 ## make readme  pip install -e '.[dev]'  then python tools/readme.py (README.md and the other documents, from their notebooks)
 readme: $(VENV)/installed-dev

@@ -9,6 +9,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import nbformat
+import pages
 import pytest
 import readme
 import yaml
@@ -131,7 +132,7 @@ def statements(source):
 
 @each_notebook
 def test_notebook_has_a_picture(path):
-    if 'default_exp __init__' in path.read_text(encoding='utf-8'): return
+    if path.name == 'changelog.ipynb' or 'default_exp __init__' in path.read_text(encoding='utf-8'): return
     assert any(pictures(outputs) for *_, outputs in code_cells(path))
 
 @each_notebook
@@ -187,6 +188,10 @@ def test_site_configuration():
     site = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
     assert site['project']['type'] == 'website' and site['metadata-files'] == ['nbdev.yml', 'sidebar.yml']
     assert (NBS/site['format']['html']['css']).exists()
+    navbar = site['website']['navbar']
+    assert not [o['href'] for o in navbar['left']+navbar['right'] if not o['href'].startswith('https:') and not (NBS/o['href']).exists()]
+    sidebar = yaml.safe_load((NBS/'sidebar.yml').read_text(encoding='utf-8'))
+    assert not pages.misplaced(sidebar, [p.relative_to(NBS).as_posix() for p in NOTEBOOKS]), 'nbs/sidebar.yml lists each page once'
     link = NBS/'_quarto.yml'
     assert link.read_text(encoding='utf-8').strip() in ('../_quarto.yml', (ROOT/'_quarto.yml').read_text(encoding='utf-8').strip())
     for workflow in (ROOT/'.github/workflows').glob('*.yaml'): assert yaml.safe_load(workflow.read_text(encoding='utf-8'))['jobs']

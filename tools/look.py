@@ -13,6 +13,8 @@ import yaml
 from links import front_matter, read_pages, slug
 from readme import directives, joined
 
+TAKEN = {'search', 'genindex'} # pages of Sphinx's own
+STYLE = '.bd-header { display: none } .math-block { text-align: center; margin: 1rem 0 } .source-link { float: right; font-size: smaller }'
 TOCTREE = '```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{pages}\n```'
 
 
@@ -20,7 +22,10 @@ def said(
     out:dict, # an output
 )->str: # Markdown; empty if it has none
     "The Markdown of an output, without what only Quarto understands."
-    return re.sub(r'\{target=[^}]*\}|\A---\n', '', joined(out.get('data', {}).get('text/markdown', '')))
+    text = re.sub(r'\A---\n', '', joined(out.get('data', {}).get('text/markdown', '')))
+    text = re.sub(r'^\[source\]\(([^)]+)\)\{target=[^}]*\}', r'<a class="source-link" href="\1">source</a>', text, flags=re.MULTILINE)
+    text = re.sub(r'^#+ .*__.*$', lambda o: o[0].replace('__', r'\_\_'), text, flags=re.MULTILINE)
+    return re.sub(r'\{target=[^}]*\}', '', text)
 
 
 def as_cells(
@@ -40,15 +45,14 @@ def as_cells(
 def relinked(
     text:str,   # Markdown
     page:str,   # the notebook it stands in
-    names:dict, # notebook -> notebook, named as its page on the site
+    names:dict, # notebook, or address within the site -> notebook, named as its page on the site
     site:str,   # the site's address
 )->str: # Markdown whose links lead to the notebooks' new names
     "Links to notebooks, and to pages of the site by their address, as links to pages of this one."
-    addresses = {v.removesuffix('.ipynb')+'.html': v for v in names.values()}
     here = posixpath.dirname(page) or '.'
     def moved(found):
         path, mark, anchor = found[2].partition('#')
-        goal = addresses.get(path.removeprefix(site+'/')) if path.startswith(site) else names.get(posixpath.normpath(posixpath.join(here, path)))
+        goal = names.get(path.removeprefix(site+'/') if path.startswith(site) else posixpath.normpath(posixpath.join(here, path)))
         return found[1]+(posixpath.relpath(goal, here)+mark+anchor if goal else found[2])
     return re.sub(r'(\]\()([^)\s]+)', moved, text)
 
@@ -56,7 +60,7 @@ def relinked(
 def sphinx_page(
     nb:dict,    # a processed notebook
     page:str,   # its path
-    names:dict, # of all notebooks
+    names:dict, # of all notebooks, as `relinked` takes it
     site:str,   # the site's address
 )->dict: # a notebook that myst-nb reads
     "A page of the site for Sphinx."
@@ -91,16 +95,18 @@ def write_source(
 ):
     "Turn the processed pages into what Sphinx reads."
     notebooks, addresses = read_pages(pages)
-    names = {v: k.removesuffix('.html')+'.ipynb' for k, v in addresses.items()}
+    new = {k: f"{'the_'*(k.removesuffix('.html') in TAKEN)}{k.removesuffix('.html')}.ipynb" for k in addresses}
+    names = new | {v: new[k] for k, v in addresses.items()}
     for page, nb in notebooks.items():
         made = sphinx_page(nb, page, names, site)
         if page == 'index.ipynb': made['cells'].append(dict(cell_type='markdown', metadata={}, source=contents(yaml.safe_load((pages/'sidebar.yml').read_text(encoding='utf-8')), names)))
         (source/names[page]).parent.mkdir(parents=True, exist_ok=True)
         (source/names[page]).write_text(json.dumps(made), encoding='utf-8')
     for p in pages.rglob('*'):
-        if p.suffix in ('.png', '.jpg', '.svg', '.css', '.md'):
+        if p.suffix in ('.png', '.jpg', '.svg'):
             (source/p.relative_to(pages)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(p, source/p.relative_to(pages))
+    (source/'look.css').write_text(STYLE, encoding='utf-8')
 
 
 def setup(app):
@@ -109,8 +115,8 @@ def setup(app):
     from latex2mathml.converter import convert
     def draw(display):
         def visit(self, node):
-            formula = convert(node.astext(), display=display)
-            self.body.append(f'<div class="math">{formula}</div>' if display == 'block' else formula)
+            formula = convert(node.astext().replace(r'\arg', r'\operatorname{arg}'), display=display)
+            self.body.append(f'<div class="math-block">{formula}</div>' if display == 'block' else formula)
             raise nodes.SkipNode
         return visit
     app.add_html_math_renderer('mathml', (draw('inline'), None), (draw('block'), None))
@@ -121,10 +127,10 @@ def settings(
     repo:str,  # its repository
 )->dict: # of Sphinx
     "How Sphinx shall render."
-    theme = dict(repository_url=repo, use_repository_button=True, show_navbar_depth=1, home_page_in_toc=True, use_download_button=False, use_fullscreen_button=False)
+    theme = dict(repository_url=repo, use_repository_button=True, show_navbar_depth=1, show_toc_level=2, home_page_in_toc=True, use_download_button=False, use_fullscreen_button=False)
     return dict(extensions=['myst_nb', 'look'], project=title, html_title=title, html_theme='sphinx_book_theme', html_theme_options=theme, html_math_renderer='mathml',
-                html_static_path=[''], html_css_files=['styles.css'], html_show_sphinx=False, html_copy_source=False, html_show_copyright=False, nb_execution_mode='off',
-                myst_enable_extensions=['dollarmath', 'attrs_inline'], myst_heading_anchors=6, myst_heading_slug_func=slug, exclude_patterns=['styles.css'],
+                html_static_path=['look.css'], html_css_files=['look.css'], html_show_sphinx=False, html_copy_source=False, html_show_copyright=False, nb_execution_mode='off',
+                myst_enable_extensions=['dollarmath', 'attrs_inline'], myst_heading_anchors=6, myst_heading_slug_func=slug, 
                 suppress_warnings=['myst.header', 'mystnb.unknown_mime_type', 'misc.highlighting_failure', 'config.cache', 'toc.not_included'])
 
 
