@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUNTIME', 'CLEANER', 'MANY', 'PatchCore', 'make_scorer', 'as_items', 'aside_of', 'LeftOut', 'Prediction',
-           'naive_grow', 'grow', 'all_or_nothing', 'fingerprint', 'check_learned']
+           'empty_maps', 'naive_grow', 'grow', 'all_or_nothing', 'fingerprint', 'check_learned']
 
 # %% ../nbs/07_patchcore.ipynb #ef439c3b
 import contextlib, dataclasses, inspect, math, sys, warnings
@@ -31,7 +31,7 @@ from .data import Category, Preprocess, Sample, TURNS, batches, check_split, hol
 from .extractor import Extractor, create_backbone, map_shapes, split_seed
 from .backbones import reference_name # which fills the table of names
 from .filterbank import FilterBank # which registers itself
-from .memory import Load, Plan, make_plan, release, spilled, stage
+from .memory import Load, Plan, free_memory, make_plan, parse_size, release, spilled, stage, too_many
 from .samplers import Coreset, coreset, coreset_size, farthest_points
 from .scorer import DISTANCES, PATCH_SCORES, Scorer, image_scores, limit_threads, make_maps, reweight
 from .search import SEARCHES, nearest_neighbours
@@ -260,10 +260,13 @@ def plan(self:PatchCore,
 @patch
 def _plan(self:PatchCore, n_images:int, m:int, n_test:int)->Plan:
     "The plan for images to embed, patches to remember, images to judge together."
-    weights = sum(o.nbytes for o in self.extractor_.backbone.state_dict().values())
-    n = self._n_patches(n_images)
-    load = Load(n_images, n, self.dim_, m, weights, self._batch_bytes(), n_test, math.prod(self.preprocess_.size), n-int(n*self.denoise) if self.denoise else 0)
-    return make_plan(load, self.memory_budget, self.spill_dir, self.device_)
+    return make_plan(self._load(n_images, m, n_test), self.memory_budget, self.spill_dir, self.device_)
+
+@patch
+def _load(self:PatchCore, n_images:int, m:int, n_test:int)->Load:
+    "The same in numbers."
+    weights, n = sum(o.nbytes for o in self.extractor_.backbone.state_dict().values()), self._n_patches(n_images)
+    return Load(n_images, n, self.dim_, m, weights, self._batch_bytes(), n_test, math.prod(self.preprocess_.size), n-int(n*self.denoise) if self.denoise else 0)
 
 # %% ../nbs/07_patchcore.ipynb #28f62aba
 def _unbatch(o)->list:
@@ -525,6 +528,7 @@ class Prediction:
     nn_idxs:Tensor        # (B, h, w) int64 nearest patch, as a row of the memory bank
     preprocess:Preprocess # which part of an image the network saw
     calibration:Calibration|None=None # what the scores are held against; None: the model has nothing
+    counted:bool=False    # are the maps too many for memory? then they lie in a file, and their pixels are better counted than sorted
 
     def __len__(self): return len(self.images)
 
@@ -569,20 +573,39 @@ class Prediction:
         return to_original(self.anomaly_maps[i], _size_of(self.images[i]), self.preprocess)
 
 # %% ../nbs/07_patchcore.ipynb #a3207218
+def empty_maps(
+    n:int,                # how many
+    size:tuple[int,int],  # (H, W)
+    on_disk:bool=False,   # in a file?
+    folder:str|Path|None=None, # for the file; None: the one for temporary files
+)->Tensor: # (n, H, W) not initialised
+    "Room for anomaly maps."
+    return spilled(n, math.prod(size), folder).view(n, *size) if on_disk else torch.empty(n, *size)
+
+@patch
+def counts_maps(self:PatchCore,
+    n:int, # images to judge together
+)->bool:
+    "Whether their maps are too many for the memory budget."
+    return too_many(self._load(0, len(self.memory_bank_), n), free_memory() if self.memory_budget is None else parse_size(self.memory_budget))
+
 @patch
 def predict(self:PatchCore,
     images, # whatever `as_items` takes
+    counted:bool|None=None, # put the maps into a file? None: if they are too many for the memory budget
 )->Prediction: # on the CPU
     "Score images."
     if not hasattr(self, 'memory_bank_'): raise ArgumentError('this PatchCore remembers nothing yet: call fit with good images first')
     items = as_items(images)
-    n, size = len(items), self.preprocess_.size
-    scores, maps, patch_scores, nn_idxs = torch.empty(n), torch.empty(n, *size), torch.empty(n, *self.grid_), torch.empty(n, *self.grid_, dtype=torch.int64)
+    n = len(items)
+    counted = self.counts_maps(n) if counted is None else counted
+    maps = empty_maps(n, self.preprocess_.size, counted, self.spill_dir)
+    scores, patch_scores, nn_idxs = torch.empty(n), torch.empty(n, *self.grid_), torch.empty(n, *self.grid_, dtype=torch.int64)
     parts = zip(*(o.split(self.batch_size) for o in (scores, patch_scores, nn_idxs, maps)))
     for p, out in zip(self._embed(items, 'scoring'), parts):
         found = self.scorer_(p)
         for a, b in zip(out, (*found, self.make_maps(found.patch_scores))): a.copy_(b)
-    return Prediction(items, scores, maps, patch_scores, nn_idxs, self.preprocess_, getattr(self, 'calibration_', None))
+    return Prediction(items, scores, maps, patch_scores, nn_idxs, self.preprocess_, getattr(self, 'calibration_', None), counted)
 
 @patch
 def make_maps(self:PatchCore,

@@ -68,12 +68,13 @@ def thin(
 def category_curves(
     prediction:Prediction, # of the test images
     labels:np.ndarray,     # (B,) True = defective
-    masks=None,            # (B, H, W) True = defective; None: curves of pixels are left out
+    masks=None,            # (B, H, W) True = defective; None: curves of pixels are left out, unless they are given
+    pixels:dict|None=None, # curves of pixels, as `Tally.curves` returns them
 )->dict[str,list|None]: # image_roc, pixel_roc, pro: x and y of their corners; None where there is none
     "The curves of a category; an ensemble's over the test set, as its figures are."
     seen = prediction.over_set()
     found = dict(image_roc=thin(*curve(counts(seen.image_scores, labels))), pixel_roc=None, pro=None)
-    if masks is None: return found
+    if masks is None: return found | {k: thin(*o) for k, o in (pixels or {}).items()}
     maps, true = seen.anomaly_maps.numpy(), np.asarray(masks)
     c = counts(maps, true)
     return found | dict(pixel_roc=thin(*curve(c)), pro=thin(*curve(weigh_regions(c, maps, true))))
@@ -254,7 +255,8 @@ def section(
     prediction:Prediction,    # of the test images, in their order
     figures:dict,             # name -> figure, as `evaluate` returns them, and any others
     *,
-    masks=None,               # (B, H, W) as `read_masks` returns them; None: read here
+    masks=None,               # (B, H, W) as `read_masks` returns them; None: read here, unless there are curves
+    curves:dict|None=None,    # of pixels, as `Tally.curves` returns them, where maps and masks are too many
     limit:float=.3,           # false positive rate up to which AUPRO was taken
     intervals:pd.DataFrame|None=None, # 95% intervals: a row per figure, columns low and high
     kinds:pd.DataFrame|None=None,     # figures by kind of defect: a row per kind, any columns
@@ -264,12 +266,12 @@ def section(
 )->dict: # plain values, which JSON can hold
     "All that a report says of a category."
     if len(prediction) != len(category.test): raise ArgumentError(f'prediction must be of the {len(category.test)} test images of {category.key}, got {len(prediction)}: predict category.test')
-    masks, labels = _all_masks(category, prediction) if masks is None else masks, np.array([o.label for o in category.test])
+    masks, labels = _all_masks(category, prediction) if masks is None and curves is None else masks, np.array([o.label for o in category.test])
     span, look = colour_range(prediction.anomaly_maps, labels), worth_a_look(prediction.image_scores, labels, most)
     pictures = {k: [_picture(category.test[i], None if masks is None else masks[i], prediction, i, span) for i in idxs] for k, idxs in look.items()}
     bounds = {} if intervals is None else intervals[['low', 'high']].T.to_dict('list')
     return dict(category=category.key, model=model_facts(model, category), figures={str(k): _plain(v) for k, v in figures.items()},
-                intervals={str(k): [_plain(o) for o in v] for k, v in bounds.items()}, limit=limit, curves=category_curves(prediction, labels, masks),
+                intervals={str(k): [_plain(o) for o in v] for k, v in bounds.items()}, limit=limit, curves=category_curves(prediction, labels, masks, curves),
                 kinds=scores_by_kind(category.test, prediction.image_scores, prediction.threshold, kinds), threshold=threshold_facts(model, prediction),
                 span=[_plain(o) for o in span], pictures=pictures, matches=matches(model, category, prediction, [*look['hits'][:most-1], *look['rings'][:1]]),
                 suspects=[] if suspects is None else suspect_pictures(model, suspects, 2*most), stages=[{k: _plain(v) for k, v in o.items()} for o in stages or []])
