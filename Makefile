@@ -33,7 +33,7 @@ lab: $(VENV)/installed-dev
 readme: $(VENV)/installed-dev
 	$(BIN)/python tools/readme.py
 
-## make bench   pip install -e '.[dev]'  then python benchmarks/coreset.py and the others (about twenty minutes; results into benchmarks/results/)
+## make bench   pip install -e '.[dev]'  then python benchmarks/coreset.py and the others (about half an hour; results into benchmarks/results/)
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/coreset.py
 	$(BIN)/python benchmarks/search.py
@@ -45,6 +45,7 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/pictures.py
 	$(BIN)/python benchmarks/scores.py
+	$(BIN)/python benchmarks/contamination.py
 
 # An environment that is older than the package's metadata is brought up to date; one that is not there is made.
 # torch and torchvision must come from one index: both are requirements, so one pip command installs both.

@@ -373,7 +373,7 @@ def _pick(self:PatchCore,
     plan:Plan,
 )->tuple[Coreset,Tensor]: # and (M, D), the memory bank
     "Pick the coreset."
-    rows = self._clean(bank) if self.denoise else None
+    rows = cleaned(self._strangeness(bank), self.denoise) if self.denoise else None
     clean = bank if rows is None else self._taken(bank, rows, plan)
     core = coreset(clean, self.ratio, self.sampler, self._seed(), self.show)
     kept = clean.cpu() if len(core.idxs) == len(clean) and plan.where != 'file' else clean[core.idxs.to(bank.device)].cpu()
@@ -457,12 +457,12 @@ class LeftOut(NamedTuple):
     nn_idxs:Tensor      # (B,) the stored patch that is nearest to it
 
 @patch
-def _clean(self:PatchCore, bank:Tensor)->Tensor: # (n,) int64 rows to pick from, ascending
-    "Find the patches that no other image explains."
-    n, (h, w) = self._n_patches(1), self.grid_
+def _strangeness(self:PatchCore, bank:Tensor)->Tensor: # (N,)
+    "How far each patch is from a coreset of the other images."
+    n = self._n_patches(1)
     core = coreset(bank, min(1., max(CLEANER, 512/len(bank))), 'approx_greedy_coreset', self._seed(), self.show)
     dists, _ = leave_one_out(enumerate(bank.split(n)), bank[core.idxs.to(bank.device)].to(self.search_device_), core.idxs//n)
-    return cleaned(dists[..., 0].flatten(), self.denoise)
+    return dists[..., 0].flatten()
 
 @patch
 def _taken(self:PatchCore, bank:Tensor, rows:Tensor, plan:Plan)->Tensor: # (n, D)
