@@ -7,7 +7,7 @@ __all__ = ['RUNTIME', 'CLEANER', 'MANY', 'PatchCore', 'make_scorer', 'as_items',
            'empty_maps', 'naive_grow', 'grow', 'all_or_nothing', 'fingerprint', 'check_learned']
 
 # %% ../nbs/07_patchcore.ipynb #ef439c3b
-import contextlib, dataclasses, inspect, math, sys, warnings
+import contextlib, dataclasses, inspect, math, sys, time, warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -515,6 +515,7 @@ def fit(self:PatchCore,
     del bank, memory_bank
     release()
     self._calibrate_threshold()
+    self.__dict__.pop('pace_', None) # which is that of the user's own images
     return self
 
 # %% ../nbs/07_patchcore.ipynb #0621a00d
@@ -596,7 +597,7 @@ def predict(self:PatchCore,
 )->Prediction: # on the CPU
     "Score images."
     if not hasattr(self, 'memory_bank_'): raise ArgumentError('this PatchCore remembers nothing yet: call fit with good images first')
-    items = as_items(images)
+    items, start = as_items(images), time.perf_counter()
     n = len(items)
     counted = self.counts_maps(n) if counted is None else counted
     maps = empty_maps(n, self.preprocess_.size, counted, self.spill_dir)
@@ -605,6 +606,7 @@ def predict(self:PatchCore,
     for p, out in zip(self._embed(items, 'scoring'), parts):
         found = self.scorer_(p)
         for a, b in zip(out, (*found, self.make_maps(found.patch_scores))): a.copy_(b)
+    self.pace_ = (time.perf_counter()-start)/n # seconds an image
     return Prediction(items, scores, maps, patch_scores, nn_idxs, self.preprocess_, getattr(self, 'calibration_', None), counted)
 
 @patch

@@ -415,6 +415,7 @@ def _facts(model:PatchCore)->dict[str,str]:
     of = f' of {model.n_patches_:,}, from {model.n_images_} image{"s" * (model.n_images_ != 1)}' if model.n_patches_ else ''
     facts = {'memory bank': f'{m:,} patches{of} ({m*d*model.memory_bank_.element_size()/2**20:.3g} MB)'}
     if model.radii_ and model.sizes_[-1] == m: facts['cover radius'] = f'{model.radii_[-1]:.4g}'
+    if hasattr(model, 'pace_'): facts['time'] = f'{1000*model.pace_:.3g} ms an image, when it last judged some'
     return facts | {'threshold': _about_threshold(model)}
 
 def _about_threshold(model:PatchCore|Ensemble)->str:
