@@ -7,7 +7,7 @@ __all__ = ['RUNTIME', 'CLEANER', 'MANY', 'PatchCore', 'make_scorer', 'as_items',
            'empty_maps', 'naive_grow', 'grow', 'all_or_nothing', 'fingerprint', 'check_learned']
 
 # %% ../nbs/07_patchcore.ipynb #ef439c3b
-import contextlib, dataclasses, inspect, math, sys, warnings
+import contextlib, dataclasses, inspect, math, sys, time, warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -374,7 +374,7 @@ def _pick(self:PatchCore,
     plan:Plan,
 )->tuple[Coreset,Tensor]: # and (M, D), the memory bank
     "Pick the coreset."
-    rows = self._clean(bank) if self.denoise else None
+    rows = cleaned(self._strangeness(bank), self.denoise) if self.denoise else None
     clean = bank if rows is None else self._taken(bank, rows, plan)
     core = coreset(clean, self.ratio, self.sampler, self._seed(), self.show)
     kept = clean.cpu() if len(core.idxs) == len(clean) and plan.where != 'file' else clean[core.idxs.to(bank.device)].cpu()
@@ -458,12 +458,12 @@ class LeftOut(NamedTuple):
     nn_idxs:Tensor      # (B,) the stored patch that is nearest to it
 
 @patch
-def _clean(self:PatchCore, bank:Tensor)->Tensor: # (n,) int64 rows to pick from, ascending
-    "Find the patches that no other image explains."
-    n, (h, w) = self._n_patches(1), self.grid_
+def _strangeness(self:PatchCore, bank:Tensor)->Tensor: # (N,)
+    "How far each patch is from a coreset of the other images."
+    n = self._n_patches(1)
     core = coreset(bank, min(1., max(CLEANER, 512/len(bank))), 'approx_greedy_coreset', self._seed(), self.show)
     with limit_threads(self.search_threads): dists, _ = leave_one_out(enumerate(bank.split(n)), bank[core.idxs.to(bank.device)].to(self.search_device_), core.idxs//n)
-    return cleaned(dists[..., 0].flatten(), self.denoise)
+    return dists[..., 0].flatten()
 
 @patch
 def _taken(self:PatchCore, bank:Tensor, rows:Tensor, plan:Plan)->Tensor: # (n, D)
@@ -516,6 +516,7 @@ def fit(self:PatchCore,
     del bank, memory_bank
     release()
     self._calibrate_threshold()
+    self.__dict__.pop('pace_', None) # which is that of the user's own images
     return self
 
 # %% ../nbs/07_patchcore.ipynb #0621a00d
@@ -597,7 +598,7 @@ def predict(self:PatchCore,
 )->Prediction: # on the CPU
     "Score images."
     if not hasattr(self, 'memory_bank_'): raise ArgumentError('this PatchCore remembers nothing yet: call fit with good images first')
-    items = as_items(images)
+    items, start = as_items(images), time.perf_counter()
     n = len(items)
     counted = self.counts_maps(n) if counted is None else counted
     maps = empty_maps(n, self.preprocess_.size, counted, self.spill_dir)
@@ -606,6 +607,7 @@ def predict(self:PatchCore,
     for p, out in zip(self._embed(items, 'scoring'), parts):
         found = self.scorer_(p)
         for a, b in zip(out, (*found, self.make_maps(found.patch_scores))): a.copy_(b)
+    self.pace_ = (time.perf_counter()-start)/n # seconds an image
     return Prediction(items, scores, maps, patch_scores, nn_idxs, self.preprocess_, getattr(self, 'calibration_', None), counted)
 
 @patch
