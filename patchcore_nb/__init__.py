@@ -33,6 +33,10 @@ _WHERE = {
     'plots': '',
     'report': '',
     'experiment': 'run sweep',
+    'explore': '',
+    'playground': '',
+    'verdicts': '',
+    'widgets': 'coreset_playground explorer feature_lab labeller why',
     'cli': '',
     'saved': '',
 }

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Picture', 'explorer', 'why', 'coreset_playground', 'feature_lab', 'labeller']
 
-# %% ../nbs/11_widgets.ipynb #2c41aaf7
+# %% ../nbs/11_widgets.ipynb #0c359055
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +27,7 @@ from .plots import patch_box
 from .scorer import PATCH_SCORES
 from .verdicts import *
 
-# %% ../nbs/11_widgets.ipynb #3aa31eb8
+# %% ../nbs/11_widgets.ipynb #4c4eebb5
 class Picture(anywidget.AnyWidget):
     "A picture that says where it was clicked, and which key was pressed."
     _esm = '''
@@ -50,7 +50,7 @@ class Picture(anywidget.AnyWidget):
             tell("clicked", { x: (e.clientX - box.left) / box.width, y: (e.clientY - box.top) / box.height });
         });
         img.addEventListener("keydown", (e) => {
-            if (!model.get("keys").includes(e.key) || e.ctrlKey || e.metaKey || e.altKey) return;
+            if (!model.get("listens").includes(e.key) || e.ctrlKey || e.metaKey || e.altKey) return;
             e.preventDefault(); e.stopPropagation();
             tell("pressed", { key: e.key });
         });
@@ -65,7 +65,7 @@ class Picture(anywidget.AnyWidget):
     hint = traitlets.Unicode('').tag(sync=True)       # shown under the mouse; with one the picture takes the focus
     width = traitlets.Int(448).tag(sync=True)         # pixels
     cursor = traitlets.Unicode('default').tag(sync=True) # of the mouse
-    keys = traitlets.List(traitlets.Unicode()).tag(sync=True) # that are told
+    listens = traitlets.List(traitlets.Unicode()).tag(sync=True) # that are told
     clicked = traitlets.Dict().tag(sync=True)         # x and y, each in [0, 1]
     pressed = traitlets.Dict().tag(sync=True)         # key
 
@@ -79,7 +79,7 @@ class Picture(anywidget.AnyWidget):
     def on_click(self, f:Callable): self.observe(lambda o: f(o.new['x'], o.new['y']), 'clicked')
     def on_key(self, f:Callable): self.observe(lambda o: f(o.new['key']), 'pressed')
 
-# %% ../nbs/11_widgets.ipynb #66ff63a4
+# %% ../nbs/11_widgets.ipynb #b9475957
 @contextmanager
 def _said(line:W.HTML):
     "Show an error as a line, and take it away the next time."
@@ -93,7 +93,7 @@ def _on(controls:Sequence[W.Widget], f:Callable):
 def _slider(text:str, value:float, low:float, high:float, step:float, width:str='360px', **kw)->W.FloatSlider:
     return W.FloatSlider(value=value, min=low, max=high, step=step, description=text, continuous_update=True, readout_format='.4g', layout=W.Layout(width=width), style=dict(description_width='80px'), **kw)
 
-# %% ../nbs/11_widgets.ipynb #1d2baa05
+# %% ../nbs/11_widgets.ipynb #28828d13
 def _explorer_parts(shown:Exhibit)->dict[str,W.Widget]:
     "The controls and views of the Explorer."
     s, t = shown.scores, first_threshold(shown)
@@ -101,8 +101,8 @@ def _explorer_parts(shown:Exhibit)->dict[str,W.Widget]:
     pad = .03*(high-low) or 1.
     orders = ORDERS if shown.labels is not None else ORDERS[:3]
     return dict(
-        picture=Picture(hint='left and right: the images before and after', keys=['ArrowLeft', 'ArrowRight']),
-        strip=Picture(hint='click an image to look at it; left and right: the images before and after', cursor='pointer', keys=['ArrowLeft', 'ArrowRight']),
+        picture=Picture(hint='left and right: the images before and after', listens=['ArrowLeft', 'ArrowRight']),
+        strip=Picture(hint='click an image to look at it; left and right: the images before and after', cursor='pointer', listens=['ArrowLeft', 'ArrowRight']),
         threshold=_slider('threshold', t, low-pad, high+pad, (high-low+2*pad)/1000),
         opacity=_slider('opacity', .7, 0, 1, .01),
         mask=W.Checkbox(True, description='mask', indent=False, layout=W.Layout(width='80px')),
@@ -165,7 +165,7 @@ class _Explorer:
         if self.image is None: return
         self.p['picture'].show(draw_seen(self.shown, self.image, self.p['threshold'].value, self.p['opacity'].value, self.p['mask'].value), self.shown.name(self.image))
 
-# %% ../nbs/11_widgets.ipynb #db2376cf
+# %% ../nbs/11_widgets.ipynb #9440b4ab
 def explorer(
     prediction:Prediction, # what `PatchCore.predict` returned
     samples=None,          # the test samples in the same order, a `Category` with them, or (B,) booleans; None: nobody knows the truth
@@ -179,7 +179,7 @@ def explorer(
     box.view = e # for whoever wants to drive it from Python
     return box
 
-# %% ../nbs/11_widgets.ipynb #67eb36e8
+# %% ../nbs/11_widgets.ipynb #f75a599b
 class _Why:
     "What Why? remembers: the embedding of the image, and the patch."
     def __init__(self, model:PatchCore, shown:Exhibit, i:int, train, n:int):
@@ -188,7 +188,7 @@ class _Why:
         self.image = W.IntSlider(i, 0, len(shown)-1, description='image', **small)
         self.row, self.col = W.IntSlider(0, 0, h-1, description='row', **small), W.IntSlider(0, 0, w-1, description='column', **small)
         self.opacity, self.worst = _slider('opacity', .5, 0, 1, .01), W.Button(description='strangest patch', layout=W.Layout(width='140px'))
-        self.picture = Picture(hint='click a place; the arrow keys go from patch to patch', cursor='crosshair', keys=['ArrowLeft', 'ArrowRight', 'ArrowUp', 'ArrowDown'])
+        self.picture = Picture(hint='click a place; the arrow keys go from patch to patch', cursor='crosshair', listens=['ArrowLeft', 'ArrowRight', 'ArrowUp', 'ArrowDown'])
         self.title, self.reason, self.error = W.HTML(), W.HTML(), W.HTML()
         self.picture.on_click(lambda x, y: self.go(*patch_at(model, x, y))); self.picture.on_key(self.step)
         self.worst.on_click(lambda _: self.strangest())
@@ -232,7 +232,7 @@ class _Why:
         ImageDraw.Draw(im).rectangle([round(x0*u), round(y0*u), round(x1*u)-1, round(y1*u)-1], outline='white', width=2)
         self.picture.show(im, self.shown.name(self.image.value))
 
-# %% ../nbs/11_widgets.ipynb #a5f141da
+# %% ../nbs/11_widgets.ipynb #7d3510ef
 def why(
     model:PatchCore,       # fitted
     prediction:Prediction, # of this model
@@ -250,7 +250,7 @@ def why(
     box.view = v
     return box
 
-# %% ../nbs/11_widgets.ipynb #0d46c864
+# %% ../nbs/11_widgets.ipynb #3c85b692
 def coreset_playground(
     model:PatchCore,     # its arguments but for the ratio; fitted or not, and not changed
     category:Category,   # with images to learn from, and test images
@@ -273,7 +273,7 @@ def coreset_playground(
     box.view = dict(ratio=ratio, picture=picture, said=said, radius=radius, area=area, scores=scores)
     return box
 
-# %% ../nbs/11_widgets.ipynb #ce21a3c0
+# %% ../nbs/11_widgets.ipynb #3cf286ac
 class _Bench:
     "What the laboratory remembers: the settings that were tried."
     def __init__(self, lab:Lab, backbones:Sequence[str]):
@@ -309,7 +309,7 @@ class _Bench:
         i = self.image.value
         self.picture.show(draw_seen(self.shown, i, np.inf, .7, side=360), self.shown.name(i))
 
-# %% ../nbs/11_widgets.ipynb #54deef65
+# %% ../nbs/11_widgets.ipynb #a8d18d6a
 def feature_lab(
     category:Category,     # with images to learn from, and test images
     backbones:Sequence[str]=('filterbank',), # that can be chosen: names known to `create_backbone`
@@ -327,12 +327,12 @@ def feature_lab(
     box.view = b
     return box
 
-# %% ../nbs/11_widgets.ipynb #92f9711e
+# %% ../nbs/11_widgets.ipynb #29fa4bc7
 class _Labeller:
     "What the labeller remembers: the table, and the image that is looked at."
     def __init__(self, verdicts:Verdicts, side:int):
         self.v, self.side, (small, wide) = verdicts, side, (W.Layout(width='120px'), dict(layout=W.Layout(width='360px'), style=dict(description_width='80px')))
-        self.picture = Picture(hint='g: good, d: defective, left and right: the images before and after, Backspace: take the verdict back', keys=['g', 'd', 'ArrowLeft', 'ArrowRight', 'Backspace'])
+        self.picture = Picture(hint='g: good, d: defective, left and right: the images before and after, Backspace: take the verdict back', listens=['g', 'd', 'ArrowLeft', 'ArrowRight', 'Backspace'])
         self.at = W.IntSlider(next_open(verdicts) or 0, 0, len(verdicts)-1, description='image', **wide)
         self.kind = W.Combobox(value='defect', options=[], ensure_option=False, description='kind', **wide)
         self.good, self.bad, self.back = (W.Button(description=o, button_style=s, layout=small) for o, s in (('good (g)', 'success'), ('defective (d)', 'danger'), ('take back', '')))
@@ -371,7 +371,7 @@ class _Labeller:
         self.title.value, self.said.value = verdict_html(self.v, i), tally_html(counts)
         self.kind.options = [k for k in counts if k not in ('good', None)]
 
-# %% ../nbs/11_widgets.ipynb #b768bcad
+# %% ../nbs/11_widgets.ipynb #1ff36455
 def labeller(
     folder:str|Path,  # with photographs, in it or in the folders in it
     path:str|Path|None=None, # the CSV file; made at the first verdict if it is not there; None: verdicts.csv in the folder
