@@ -41,7 +41,7 @@ _WHERE = {
     'saved': '',
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names.split()}
-__all__ = list(_MODULE)
+__all__ = [name for name, module in _MODULE.items() if module != 'widgets'] # which a star does not ask for
 
 # %% ../nbs/00a_front.ipynb #79c1dc1b
 def __getattr__(name):

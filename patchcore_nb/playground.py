@@ -6,7 +6,7 @@
 __all__ = ['RATIOS', 'EverySize', 'nested', 'draw_plane', 'curve_svg', 'Setting', 'evenly', 'Lab', 'Maps', 'feature_maps',
            'Neighbours', 'neighbours', 'Judged', 'judge_setting', 'tried_html']
 
-# %% ../nbs/10b_playground.ipynb #2e9f76aa
+# %% ../nbs/10b_playground.ipynb #7904f1d9
 from collections.abc import Callable, Sequence
 from html import escape
 from typing import NamedTuple
@@ -30,7 +30,7 @@ from .samplers import coreset
 from .scorer import PATCH_SCORES, make_maps
 from .search import SEARCHES
 
-# %% ../nbs/10b_playground.ipynb #405a4d57
+# %% ../nbs/10b_playground.ipynb #a556fcf1
 class EverySize(NamedTuple):
     "Memories of several sizes, each the beginning of the next."
     ratios:list[float]     # (S,) ascending
@@ -65,7 +65,7 @@ def nested(
     plane = pca_plane(torch.cat([bank[some], kept])).numpy()
     return EverySize(ratios, sizes, [radii[m] for m in sizes], [auroc(o, labels) for o in scores], plane[:len(some)], plane[len(some):], scores, labels)
 
-# %% ../nbs/10b_playground.ipynb #a437f1e9
+# %% ../nbs/10b_playground.ipynb #75682c51
 def _dots(page:np.ndarray, xy:np.ndarray, colours:np.ndarray, r:int):
     "Draw squares of side 2r+1 into (side, side, 3), later ones over earlier ones."
     for dy in range(-r, r+1):
@@ -74,14 +74,16 @@ def _dots(page:np.ndarray, xy:np.ndarray, colours:np.ndarray, r:int):
 def draw_plane(
     every:EverySize, # as `nested` returns it
     m:int,        # how many picks to show, 0 <= m <= M
-    side:int=320, # pixels
+    side:int=420, # of the longer side, pixels
 )->Image.Image: # RGB
     "All patches on their plane, and the first picks among them."
     from matplotlib import colormaps
     both = np.concatenate([every.plane, every.picks])
-    low, span = both.min(0), float(np.ptp(both, axis=0).max()) or 1.
-    def place(xy): return (6+(xy-low-(np.ptp(both, axis=0)-span)/2)/span*(side-13)).round().astype(int)
-    page = np.full((side, side, 3), 255, np.uint8)
+    low, high = both.min(0), both.max(0)
+    u = (side-13)/(float((high-low).max()) or 1.) # pixels in a unit of the plane, the same both ways
+    def place(xy): return (6+(xy-low)*u).round().astype(int)
+    w, h = place(high)+7
+    page = np.full((h, w, 3), 255, np.uint8)
     _dots(page, place(every.plane), np.uint8(205), 1)
     shades = colormaps['viridis'](np.linspace(0, 1, max(m, 1)), bytes=True)[:m, :3]
     _dots(page, place(every.picks[:m])[::-1], shades[::-1], 2) # the first on top
@@ -91,6 +93,7 @@ def curve_svg(
     x:Sequence[float], y:Sequence[float], # the points of a curve, x ascending and positive
     at:int,        # the point that is marked
     what:str,      # the name of y
+    form:str='.4g', # how its value is written
     low:float|None=None, high:float|None=None, # of the axis; None: what holds all points
     width:int=260, height:int=120, # pixels
 )->str: # SVG
@@ -101,9 +104,9 @@ def curve_svg(
     def place(a, b): return 12+(a-x[0])/(np.ptp(x) or 1)*(width-24), height-8-(b-low)/((high-low) or 1)*(height-44)
     dots = ''.join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="{5 if i == at else 2.5}" fill="{BAD if i == at else GOOD}"/>' for i, (a, b) in enumerate(zip(*place(x, y))) if fine[i])
     line = f'<path d="{_path(*place(x[fine], y[fine]))}" fill="none" stroke="{GOOD}"/>' if fine.any() else ''
-    return _svg(width, height, f'<text x="12" y="14">{what} <tspan font-weight="bold">{y[at]:.4g}</tspan></text>{line}{dots}', f'{what} {y[at]:.4g}')
+    return _svg(width, height, f'<text x="12" y="14">{what} <tspan font-weight="bold">{y[at]:{form}}</tspan></text>{line}{dots}', f'{what} {y[at]:.4g}')
 
-# %% ../nbs/10b_playground.ipynb #bc1bb378
+# %% ../nbs/10b_playground.ipynb #f24f0707
 class Setting(NamedTuple):
     "What can be chosen in the laboratory."
     backbone:str='filterbank'
@@ -148,7 +151,7 @@ class Lab:
             while len(kept) > n: kept.pop(next(iter(kept)))
         return kept[key]
 
-# %% ../nbs/10b_playground.ipynb #9711f03b
+# %% ../nbs/10b_playground.ipynb #0ecfab0e
 class Maps(NamedTuple):
     "What a network makes of the images."
     model:PatchCore                 # set up for this network
@@ -167,7 +170,7 @@ def feature_maps(
         return Maps(m, *([m.extractor_(x.to(m.device_)) for x in batches(o, m._read, m.batch_size, m.num_workers)] for o in (train, test)))
     return lab.keep('maps', backbone, make, n=2)
 
-# %% ../nbs/10b_playground.ipynb #4a536427
+# %% ../nbs/10b_playground.ipynb #e2aa5edf
 class Neighbours(NamedTuple):
     "Every test patch before the memory."
     queries:list[Tensor] # for each batch (B*h*w, D)
@@ -207,7 +210,7 @@ def _look_up(wanted:PatchCore, maps:Maps, layers:tuple[str,...], patchsize:int, 
         found = [search(q, min(most_k, len(bank))) for q in queries]
     return Neighbours(queries, [d for d, _ in found], [i for _, i in found], grid, bank, search)
 
-# %% ../nbs/10b_playground.ipynb #8caf1cf0
+# %% ../nbs/10b_playground.ipynb #b59b274a
 class Judged(NamedTuple):
     "What a setting is worth."
     prediction:Prediction  # of `lab.test`
@@ -239,7 +242,7 @@ def _figures(lab:Lab, found:Prediction)->dict[str,float]:
     figures = dict(image_auroc=auroc(found.image_scores, lab.labels))
     return figures if masks is None else figures | dict(pixel_auroc=auroc(found.anomaly_maps[:, ::2, ::2], masks[:, ::2, ::2]))
 
-# %% ../nbs/10b_playground.ipynb #d243ccfc
+# %% ../nbs/10b_playground.ipynb #e1f77484
 def tried_html(
     tried:dict[Setting,dict[str,float]], # setting -> figures, in the order in which they were tried
     now:Setting,  # the one that is looked at

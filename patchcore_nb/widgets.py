@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Picture', 'explorer', 'why', 'coreset_playground', 'feature_lab', 'labeller']
 
-# %% ../nbs/11_widgets.ipynb #0c359055
+# %% ../nbs/11_widgets.ipynb #21c7ad73
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +27,7 @@ from .plots import patch_box
 from .scorer import PATCH_SCORES
 from .verdicts import *
 
-# %% ../nbs/11_widgets.ipynb #4c4eebb5
+# %% ../nbs/11_widgets.ipynb #bb7e628f
 class Picture(anywidget.AnyWidget):
     "A picture that says where it was clicked, and which key was pressed."
     _esm = '''
@@ -54,10 +54,10 @@ class Picture(anywidget.AnyWidget):
             e.preventDefault(); e.stopPropagation();
             tell("pressed", { key: e.key });
         });
-        const watched = ["alt", "hint", "width", "cursor"].map((o) => `change:${o}`).join(" ");
-        model.on("change:value", show); model.on(watched, dress);
+        const watched = { value: show, alt: dress, hint: dress, width: dress, cursor: dress };
+        for (const [name, f] of Object.entries(watched)) model.on(`change:${name}`, f);
         dress(); show(); el.appendChild(img);
-        return () => { model.off("change:value", show); model.off(watched, dress); if (url) URL.revokeObjectURL(url); };
+        return () => { for (const [name, f] of Object.entries(watched)) model.off(`change:${name}`, f); if (url) URL.revokeObjectURL(url); };
     } };
     '''
     value = traitlets.Bytes(b'').tag(sync=True)       # of an image file
@@ -79,7 +79,7 @@ class Picture(anywidget.AnyWidget):
     def on_click(self, f:Callable): self.observe(lambda o: f(o.new['x'], o.new['y']), 'clicked')
     def on_key(self, f:Callable): self.observe(lambda o: f(o.new['key']), 'pressed')
 
-# %% ../nbs/11_widgets.ipynb #b9475957
+# %% ../nbs/11_widgets.ipynb #f10cbc01
 @contextmanager
 def _said(line:W.HTML):
     "Show an error as a line, and take it away the next time."
@@ -93,7 +93,7 @@ def _on(controls:Sequence[W.Widget], f:Callable):
 def _slider(text:str, value:float, low:float, high:float, step:float, width:str='360px', **kw)->W.FloatSlider:
     return W.FloatSlider(value=value, min=low, max=high, step=step, description=text, continuous_update=True, readout_format='.4g', layout=W.Layout(width=width), style=dict(description_width='80px'), **kw)
 
-# %% ../nbs/11_widgets.ipynb #28828d13
+# %% ../nbs/11_widgets.ipynb #eac453fe
 def _explorer_parts(shown:Exhibit)->dict[str,W.Widget]:
     "The controls and views of the Explorer."
     s, t = shown.scores, first_threshold(shown)
@@ -165,7 +165,7 @@ class _Explorer:
         if self.image is None: return
         self.p['picture'].show(draw_seen(self.shown, self.image, self.p['threshold'].value, self.p['opacity'].value, self.p['mask'].value), self.shown.name(self.image))
 
-# %% ../nbs/11_widgets.ipynb #9440b4ab
+# %% ../nbs/11_widgets.ipynb #94aecd31
 def explorer(
     prediction:Prediction, # what `PatchCore.predict` returned
     samples=None,          # the test samples in the same order, a `Category` with them, or (B,) booleans; None: nobody knows the truth
@@ -179,7 +179,7 @@ def explorer(
     box.view = e # for whoever wants to drive it from Python
     return box
 
-# %% ../nbs/11_widgets.ipynb #f75a599b
+# %% ../nbs/11_widgets.ipynb #f6911a79
 class _Why:
     "What Why? remembers: the embedding of the image, and the patch."
     def __init__(self, model:PatchCore, shown:Exhibit, i:int, train, n:int):
@@ -219,9 +219,9 @@ class _Why:
     def tell(self):
         "Show why."
         if self.moving: return
-        i = self.image.value
-        with _said(self.error):
-            self.reason.value = explain_html(self.model, self.shown.prediction, i, self.row.value, self.col.value, self.train, self.n, self.patches, self.shown.square(i))
+        i, html = self.image.value, ''
+        with _said(self.error): html = explain_html(self.model, self.shown.prediction, i, self.row.value, self.col.value, self.train, self.n, self.patches, self.shown.square(i))
+        self.reason.value = html
         self.draw()
 
     def draw(self):
@@ -232,7 +232,7 @@ class _Why:
         ImageDraw.Draw(im).rectangle([round(x0*u), round(y0*u), round(x1*u)-1, round(y1*u)-1], outline='white', width=2)
         self.picture.show(im, self.shown.name(self.image.value))
 
-# %% ../nbs/11_widgets.ipynb #7d3510ef
+# %% ../nbs/11_widgets.ipynb #af832477
 def why(
     model:PatchCore,       # fitted
     prediction:Prediction, # of this model
@@ -250,7 +250,7 @@ def why(
     box.view = v
     return box
 
-# %% ../nbs/11_widgets.ipynb #3c85b692
+# %% ../nbs/11_widgets.ipynb #f5b61998
 def coreset_playground(
     model:PatchCore,     # its arguments but for the ratio; fitted or not, and not changed
     category:Category,   # with images to learn from, and test images
@@ -264,7 +264,7 @@ def coreset_playground(
         s = ratio.value
         picture.show(draw_plane(every, every.sizes[s]), f'{every.sizes[s]} remembered patches among all others')
         said.value = f'<b>{every.sizes[s]:,}</b> patches remembered'
-        radius.value, area.value = curve_svg(every.sizes, every.radii, s, 'cover radius', low=0), curve_svg(every.sizes, every.aurocs, s, 'image AUROC', high=1)
+        radius.value, area.value = curve_svg(every.sizes, every.radii, s, 'cover radius', low=0), curve_svg(every.sizes, every.aurocs, s, 'image AUROC', '.3f', high=1)
         scores.value = groups_svg(every.scores[s], every.labels)
     _on([ratio], draw)
     draw()
@@ -273,7 +273,7 @@ def coreset_playground(
     box.view = dict(ratio=ratio, picture=picture, said=said, radius=radius, area=area, scores=scores)
     return box
 
-# %% ../nbs/11_widgets.ipynb #3cf286ac
+# %% ../nbs/11_widgets.ipynb #957207f8
 class _Bench:
     "What the laboratory remembers: the settings that were tried."
     def __init__(self, lab:Lab, backbones:Sequence[str]):
@@ -309,7 +309,7 @@ class _Bench:
         i = self.image.value
         self.picture.show(draw_seen(self.shown, i, np.inf, .7, side=360), self.shown.name(i))
 
-# %% ../nbs/11_widgets.ipynb #a8d18d6a
+# %% ../nbs/11_widgets.ipynb #2977c48b
 def feature_lab(
     category:Category,     # with images to learn from, and test images
     backbones:Sequence[str]=('filterbank',), # that can be chosen: names known to `create_backbone`
@@ -327,7 +327,7 @@ def feature_lab(
     box.view = b
     return box
 
-# %% ../nbs/11_widgets.ipynb #29fa4bc7
+# %% ../nbs/11_widgets.ipynb #55cd9f0e
 class _Labeller:
     "What the labeller remembers: the table, and the image that is looked at."
     def __init__(self, verdicts:Verdicts, side:int):
@@ -371,7 +371,7 @@ class _Labeller:
         self.title.value, self.said.value = verdict_html(self.v, i), tally_html(counts)
         self.kind.options = [k for k in counts if k not in ('good', None)]
 
-# %% ../nbs/11_widgets.ipynb #1ff36455
+# %% ../nbs/11_widgets.ipynb #222a0a83
 def labeller(
     folder:str|Path,  # with photographs, in it or in the folders in it
     path:str|Path|None=None, # the CSV file; made at the first verdict if it is not there; None: verdicts.csv in the folder
