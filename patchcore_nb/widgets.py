@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Picture', 'explorer', 'why', 'coreset_playground', 'feature_lab', 'labeller']
 
-# %% ../nbs/11_widgets.ipynb #21c7ad73
+# %% ../nbs/11_widgets.ipynb #eccec8a7
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +27,7 @@ from .plots import patch_box
 from .scorer import PATCH_SCORES
 from .verdicts import *
 
-# %% ../nbs/11_widgets.ipynb #bb7e628f
+# %% ../nbs/11_widgets.ipynb #d1e9694e
 class Picture(anywidget.AnyWidget):
     "A picture that says where it was clicked, and which key was pressed."
     _esm = '''
@@ -79,7 +79,7 @@ class Picture(anywidget.AnyWidget):
     def on_click(self, f:Callable): self.observe(lambda o: f(o.new['x'], o.new['y']), 'clicked')
     def on_key(self, f:Callable): self.observe(lambda o: f(o.new['key']), 'pressed')
 
-# %% ../nbs/11_widgets.ipynb #f10cbc01
+# %% ../nbs/11_widgets.ipynb #3ec254f0
 @contextmanager
 def _said(line:W.HTML):
     "Show an error as a line, and take it away the next time."
@@ -90,10 +90,10 @@ def _on(controls:Sequence[W.Widget], f:Callable):
     "Call a function whenever one of the controls changes."
     for o in controls: o.observe(lambda _: f(), 'value')
 
-def _slider(text:str, value:float, low:float, high:float, step:float, width:str='360px', **kw)->W.FloatSlider:
-    return W.FloatSlider(value=value, min=low, max=high, step=step, description=text, continuous_update=True, readout_format='.4g', layout=W.Layout(width=width), style=dict(description_width='80px'), **kw)
+def _slider(text:str, value:float, low:float, high:float, step:float, form:str='.4g')->W.FloatSlider:
+    return W.FloatSlider(value=value, min=low, max=high, step=step, description=text, continuous_update=True, readout_format=form, layout=W.Layout(width='360px'), style=dict(description_width='80px'))
 
-# %% ../nbs/11_widgets.ipynb #eac453fe
+# %% ../nbs/11_widgets.ipynb #b8f213e6
 def _explorer_parts(shown:Exhibit)->dict[str,W.Widget]:
     "The controls and views of the Explorer."
     s, t = shown.scores, first_threshold(shown)
@@ -104,11 +104,11 @@ def _explorer_parts(shown:Exhibit)->dict[str,W.Widget]:
         picture=Picture(hint='left and right: the images before and after', listens=['ArrowLeft', 'ArrowRight']),
         strip=Picture(hint='click an image to look at it; left and right: the images before and after', cursor='pointer', listens=['ArrowLeft', 'ArrowRight']),
         threshold=_slider('threshold', t, low-pad, high+pad, (high-low+2*pad)/1000),
-        opacity=_slider('opacity', .7, 0, 1, .01),
+        opacity=_slider('opacity', .7, 0, 1, .01, '.2f'),
         mask=W.Checkbox(True, description='mask', indent=False, layout=W.Layout(width='80px')),
         at=W.IntSlider(0, 0, len(shown)-1, description='image', readout=False, layout=W.Layout(width='360px'), style=dict(description_width='80px')),
         order=W.Dropdown(options=orders, description='order', layout=W.Layout(width='360px'), style=dict(description_width='80px')),
-        back=W.Button(description='back to the start', layout=W.Layout(width='140px')),
+        back=W.Button(description='reset threshold', layout=W.Layout(width='140px')),
         title=W.HTML(), counts=W.HTML(), roc=W.HTML(), scores=W.HTML())
 
 class _Explorer:
@@ -165,7 +165,7 @@ class _Explorer:
         if self.image is None: return
         self.p['picture'].show(draw_seen(self.shown, self.image, self.p['threshold'].value, self.p['opacity'].value, self.p['mask'].value), self.shown.name(self.image))
 
-# %% ../nbs/11_widgets.ipynb #94aecd31
+# %% ../nbs/11_widgets.ipynb #cdd443e2
 def explorer(
     prediction:Prediction, # what `PatchCore.predict` returned
     samples=None,          # the test samples in the same order, a `Category` with them, or (B,) booleans; None: nobody knows the truth
@@ -174,12 +174,12 @@ def explorer(
     e = _Explorer(exhibit(prediction, samples))
     p = e.p
     controls = W.VBox([p['threshold'], W.HBox([p['opacity'], p['mask']]), p['order'], p['at'], p['counts'], W.HBox([p['roc'], W.VBox([p['scores'], p['back']])])])
-    box = W.VBox([p['title'], W.HBox([p['picture'], controls], layout=W.Layout(flex_flow='row wrap', gap='16px')), p['strip']])
+    box = W.VBox([p['title'], W.HBox([p['picture'], controls], layout=W.Layout(flex_flow='row wrap', grid_gap='16px')), p['strip']])
     box.add_class('patchcore-explorer')
     box.view = e # for whoever wants to drive it from Python
     return box
 
-# %% ../nbs/11_widgets.ipynb #f6911a79
+# %% ../nbs/11_widgets.ipynb #98208c57
 class _Why:
     "What Why? remembers: the embedding of the image, and the patch."
     def __init__(self, model:PatchCore, shown:Exhibit, i:int, train, n:int):
@@ -187,7 +187,7 @@ class _Why:
         small = dict(layout=W.Layout(width='360px'), style=dict(description_width='80px'))
         self.image = W.IntSlider(i, 0, len(shown)-1, description='image', **small)
         self.row, self.col = W.IntSlider(0, 0, h-1, description='row', **small), W.IntSlider(0, 0, w-1, description='column', **small)
-        self.opacity, self.worst = _slider('opacity', .5, 0, 1, .01), W.Button(description='strangest patch', layout=W.Layout(width='140px'))
+        self.opacity, self.worst = _slider('opacity', .5, 0, 1, .01, '.2f'), W.Button(description='strangest patch', layout=W.Layout(width='140px'))
         self.picture = Picture(hint='click a place; the arrow keys go from patch to patch', cursor='crosshair', listens=['ArrowLeft', 'ArrowRight', 'ArrowUp', 'ArrowDown'])
         self.title, self.reason, self.error = W.HTML(), W.HTML(), W.HTML()
         self.picture.on_click(lambda x, y: self.go(*patch_at(model, x, y))); self.picture.on_key(self.step)
@@ -232,7 +232,7 @@ class _Why:
         ImageDraw.Draw(im).rectangle([round(x0*u), round(y0*u), round(x1*u)-1, round(y1*u)-1], outline='white', width=2)
         self.picture.show(im, self.shown.name(self.image.value))
 
-# %% ../nbs/11_widgets.ipynb #af832477
+# %% ../nbs/11_widgets.ipynb #b3c0bd8f
 def why(
     model:PatchCore,       # fitted
     prediction:Prediction, # of this model
@@ -245,12 +245,12 @@ def why(
     if prediction.patch_scores is None: raise ArgumentError('an ensemble has no patches of its own: pass one of its members, and what this member predicted')
     v = _Why(model, exhibit(prediction, samples), int(prediction.image_scores.argmax()) if i is None else i, train, n)
     controls = W.VBox([v.image, v.row, v.col, v.opacity, v.worst, v.error, v.reason])
-    box = W.VBox([v.title, W.HBox([v.picture, controls], layout=W.Layout(flex_flow='row wrap', gap='16px'))])
+    box = W.VBox([v.title, W.HBox([v.picture, controls], layout=W.Layout(flex_flow='row wrap', grid_gap='16px'))])
     box.add_class('patchcore-why')
     box.view = v
     return box
 
-# %% ../nbs/11_widgets.ipynb #f5b61998
+# %% ../nbs/11_widgets.ipynb #99e74b0b
 def coreset_playground(
     model:PatchCore,     # its arguments but for the ratio; fitted or not, and not changed
     category:Category,   # with images to learn from, and test images
@@ -268,12 +268,12 @@ def coreset_playground(
         scores.value = groups_svg(every.scores[s], every.labels)
     _on([ratio], draw)
     draw()
-    box = W.VBox([ratio, said, W.HBox([picture, W.VBox([radius, area, scores])], layout=W.Layout(flex_flow='row wrap', gap='16px'))])
+    box = W.VBox([ratio, said, W.HBox([picture, W.VBox([radius, area, scores])], layout=W.Layout(flex_flow='row wrap', grid_gap='16px'))])
     box.add_class('patchcore-coreset')
     box.view = dict(ratio=ratio, picture=picture, said=said, radius=radius, area=area, scores=scores)
     return box
 
-# %% ../nbs/11_widgets.ipynb #957207f8
+# %% ../nbs/11_widgets.ipynb #f9120971
 class _Bench:
     "What the laboratory remembers: the settings that were tried."
     def __init__(self, lab:Lab, backbones:Sequence[str]):
@@ -282,7 +282,7 @@ class _Bench:
         default = [o for o in first.layers if o in lab.layers] or list(lab.layers[-1:])
         self.backbone = W.Dropdown(options=list(backbones), description='backbone', **wide)
         self.layers = W.SelectMultiple(options=lab.layers, value=default, rows=len(lab.layers), description='layers', **wide)
-        self.patchsize = W.ToggleButtons(options=[1, 3, 5, 7], value=first.patchsize, description='patch size', style=dict(button_width='44px', description_width='80px'))
+        self.patchsize = W.SelectionSlider(options=[1, 3, 5, 7], value=first.patchsize, description='patch size', **wide)
         self.k = W.IntSlider(first.k, 1, lab.most_k, description='k', **wide)
         self.patch_score = W.Dropdown(options=list(PATCH_SCORES), value=first.patch_score, description='patch score', **wide)
         self.smoothing = W.FloatSlider(value=first.smoothing, min=0, max=16, step=.5, description='smoothing', readout_format='.1f', **wide)
@@ -309,7 +309,7 @@ class _Bench:
         i = self.image.value
         self.picture.show(draw_seen(self.shown, i, np.inf, .7, side=360), self.shown.name(i))
 
-# %% ../nbs/11_widgets.ipynb #2977c48b
+# %% ../nbs/11_widgets.ipynb #440a44c9
 def feature_lab(
     category:Category,     # with images to learn from, and test images
     backbones:Sequence[str]=('filterbank',), # that can be chosen: names known to `create_backbone`
@@ -321,13 +321,13 @@ def feature_lab(
     "Choose backbone, layers, patch size, k, patch score and smoothing, and see what they are worth."
     b = _Bench(Lab(category, model, layers, n_train, n_test), backbones)
     note = W.HTML(f'<span style="opacity:.6">{len(b.lab.train)} images to learn from, {len(b.lab.test)} to judge</span>')
-    controls = W.VBox([b.backbone, b.layers, b.patchsize, b.k, b.patch_score, b.smoothing, b.said, b.error, note])
-    box = W.VBox([W.HBox([controls, W.VBox([b.picture, b.image]), b.scores], layout=W.Layout(flex_flow='row wrap', gap='16px')), b.table])
+    controls = W.VBox([b.backbone, b.layers, b.patchsize, b.k, b.patch_score, b.smoothing, b.said, b.error, b.scores, note])
+    box = W.VBox([W.HBox([controls, W.VBox([b.picture, b.image])], layout=W.Layout(flex_flow='row wrap', grid_gap='16px')), b.table])
     box.add_class('patchcore-lab')
     box.view = b
     return box
 
-# %% ../nbs/11_widgets.ipynb #55cd9f0e
+# %% ../nbs/11_widgets.ipynb #2f153051
 class _Labeller:
     "What the labeller remembers: the table, and the image that is looked at."
     def __init__(self, verdicts:Verdicts, side:int):
@@ -364,24 +364,25 @@ class _Labeller:
     def show(self):
         "Show image and verdict, and how far one is."
         i, counts = self.at.value, tally_verdicts(self.v)
-        try: im = read_image(self.v.images[i])
+        try: im, self.error.value = read_image(self.v.images[i]), ''
         except PatchCoreError as e: im, self.error.value = Image.new('RGB', (self.side, self.side//2), 'white'), f'<span style="color:#cc3311">{reason_of(e)}</span>'
-        im.thumbnail((self.side, self.side))
+        u = self.side/max(im.size)
+        im = im.resize([max(1, round(o*u)) for o in im.size], Image.Resampling.BICUBIC)
         self.picture.show(im, self.v.images[i].name)
         self.title.value, self.said.value = verdict_html(self.v, i), tally_html(counts)
         self.kind.options = [k for k in counts if k not in ('good', None)]
 
-# %% ../nbs/11_widgets.ipynb #222a0a83
+# %% ../nbs/11_widgets.ipynb #7c131ae4
 def labeller(
     folder:str|Path,  # with photographs, in it or in the folders in it
     path:str|Path|None=None, # the CSV file; made at the first verdict if it is not there; None: verdicts.csv in the folder
     category:str|None=None, # of new rows, if the table has the column `category`
-    side:int=480,     # of the picture, at most, in pixels
+    side:int=448,     # the longer one of the picture, in pixels
 )->W.Widget:
     "Mark good and defective images, and keep the verdicts in a table."
     b = _Labeller(open_verdicts(folder, Path(folder)/'verdicts.csv' if path is None else path, category), side)
     controls = W.VBox([b.title, W.HBox([b.good, b.bad]), b.kind, W.HBox([b.back, b.next]), b.at, b.error, b.said])
-    box = W.HBox([b.picture, controls], layout=W.Layout(flex_flow='row wrap', gap='16px'))
+    box = W.HBox([b.picture, controls], layout=W.Layout(flex_flow='row wrap', grid_gap='16px'))
     box.add_class('patchcore-labeller')
     box.view = b
     return box

@@ -8,7 +8,9 @@ from tempfile import TemporaryDirectory
 
 import browser
 import nbformat
-from PIL import Image
+from PIL import Image, ImageChops, ImageColor
+
+from patchcore_nb.explore import CYAN, LAYER_COLOURS, OUTCOMES
 
 PLACE = Path(__file__).resolve().parents[1]/'nbs/images/widgets'
 CELLS = '''
@@ -63,10 +65,15 @@ def keep(
     path:Path, # a PNG, which is changed
     most:int=200_000, # bytes
 ):
-    "Make a photograph small: fewer colours, as many as there is room for."
+    "Make a photograph small: no white around it, and no more colours than there is room for, those of the drawings among them."
     im = Image.open(path).convert('RGB')
-    for colours in (256, 192, 128, 96, 64):
-        im.quantize(colours, dither=Image.Dither.NONE).save(path, optimize=True)
+    im = im.crop((0, 3, im.width, im.height-3)) # lines of the notebook above and below
+    im = im.crop(ImageChops.difference(im, Image.new('RGB', im.size, 'white')).point(lambda v: 255*(v > 16)).getbbox())
+    fixed = [c for o in ('white', 'black', CYAN, *OUTCOMES.values(), *LAYER_COLOURS) for c in (ImageColor.getrgb(o) if isinstance(o, str) else o)]
+    for colours in (240, 160, 96, 64):
+        palette = Image.new('P', (1, 1))
+        palette.putpalette(fixed+im.quantize(colours).getpalette()[:3*colours])
+        im.quantize(palette=palette, dither=Image.Dither.NONE).save(path, optimize=True)
         if path.stat().st_size < most: return
     raise RuntimeError(f'{path.name} is {path.stat().st_size} bytes, more than {most}')
 
@@ -76,7 +83,7 @@ if __name__ == '__main__':
     PLACE.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as folder, TemporaryDirectory() as home:
         write_notebook(Path(folder)/'all.ipynb')
-        with browser.lab(Path(folder), Path(home)) as (url, token), browser.page(1500, 1400, 1.25) as page:
+        with browser.lab(Path(folder), Path(home)) as (url, token), browser.page(1400, 1400, 1) as page:
             browser.open_notebook(page, url, token, 'all.ipynb')
             if errors := browser.run_all(page, 500): sys.exit('\n'.join(errors))
             for shown, name in NAMES.items():
