@@ -8,7 +8,7 @@ __all__ = ['OUTCOMES', 'CALLS', 'ORDERS', 'LAYER_COLOURS', 'outcomes', 'tally', 
            'filmstrip', 'to_bytes', 'patch_at', 'layer_spans', 'layer_parts', 'embedded', 'explain', 'close_up',
            'parts_html', 'explain_html']
 
-# %% ../nbs/10a_explore.ipynb #5ae6911c
+# %% ../nbs/10a_explore.ipynb #9453d07d
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ from .plots import BAD, CYAN, GOOD, _data_url, _name, _table_html, colour_range,
 from .scorer import DISTANCES
 from .search import nearest_neighbours
 
-# %% ../nbs/10a_explore.ipynb #bd645442
+# %% ../nbs/10a_explore.ipynb #9091e917
 OUTCOMES = {'caught': BAD, 'missed': '#ccbb44', 'false alarm': '#aa3377', 'passed': GOOD}
 CALLS = {'anomalous': BAD, 'normal': GOOD} # where nobody knows the truth
 
@@ -56,7 +56,7 @@ def roc_point(
     bad, good = counts['caught']+counts['missed'], counts['false alarm']+counts['passed']
     return counts['false alarm']/good if good else np.nan, counts['caught']/bad if bad else np.nan
 
-# %% ../nbs/10a_explore.ipynb #935e6a9f
+# %% ../nbs/10a_explore.ipynb #8ab0f08d
 @dataclass
 class Exhibit:
     "A prediction, laid out to be looked at."
@@ -96,7 +96,7 @@ class Exhibit:
         kind = f', {escape(self.kinds[i])}' if self.kinds[i] and self.kinds[i] not in _name(self.prediction.images[i], i) else ''
         return _name(self.prediction.images[i], i)+kind
 
-# %% ../nbs/10a_explore.ipynb #323371ab
+# %% ../nbs/10a_explore.ipynb #3473c1ae
 def _truth(samples, n:int)->tuple[np.ndarray|None,list[str],list[Sample]|None]: # labels, kinds, samples
     "What is known of the images."
     if samples is None: return None, ['']*n, None
@@ -114,7 +114,7 @@ def exhibit(
     labels, kinds, known = _truth(samples, len(prediction))
     return Exhibit(prediction, prediction.image_scores.double().numpy(), labels, kinds, known, colour_range(prediction.anomaly_maps, labels))
 
-# %% ../nbs/10a_explore.ipynb #a0bbcc55
+# %% ../nbs/10a_explore.ipynb #324c60cc
 def first_threshold(
     shown:Exhibit, # of at least one image
 )->float:
@@ -124,7 +124,7 @@ def first_threshold(
     best = f1max(shown.scores, shown.labels)[1] # scores at it are called anomalous, and here only those above are
     return float((best+max((s for s in shown.scores if s < best), default=best-1e-6*abs(best)))/2)
 
-# %% ../nbs/10a_explore.ipynb #a048dfc3
+# %% ../nbs/10a_explore.ipynb #2ab7aca7
 def _grow(cells:np.ndarray, size:tuple[int,int])->np.ndarray: # (H, W)
     "A grid of cells at the size of a picture."
     return cells[np.ix_(*(np.arange(n)*c//n for n, c in zip(size, cells.shape)))]
@@ -152,7 +152,7 @@ def draw_seen(
         large[_rim(_grow(shown.prediction.patch_scores[i].numpy() > threshold, large.shape[:2]))] = 255
     return Image.fromarray(large)
 
-# %% ../nbs/10a_explore.ipynb #5cf65a3e
+# %% ../nbs/10a_explore.ipynb #11440735
 def counts_html(
     counts:dict[str,int], # as `tally` returns it
 )->str: # HTML
@@ -187,7 +187,7 @@ def roc_svg(
             f'<text x="{left-4}" y="{above+side}" text-anchor="end">0</text><text x="{left-4}" y="{above+9}" text-anchor="end">1</text>')
     return _svg(w, h, body, f'ROC curve, area {area:.3f}')
 
-# %% ../nbs/10a_explore.ipynb #1b90fe51
+# %% ../nbs/10a_explore.ipynb #256c4d20
 def _steps(scores:np.ndarray, edges:np.ndarray, most:int, place)->str: # an SVG path
     "A histogram's outline."
     n = np.histogram(scores, edges)[0]/most
@@ -227,7 +227,7 @@ def scores_svg(
     "How the scores lie about the threshold, and where the image is among them."
     return groups_svg(shown.scores, shown.labels, threshold, None if i is None else float(shown.scores[i]))
 
-# %% ../nbs/10a_explore.ipynb #ef075901
+# %% ../nbs/10a_explore.ipynb #f4de22fd
 ORDERS = 'highest score first', 'lowest score first', 'nearest to the threshold', 'missed', 'false alarms'
 
 def in_order(
@@ -263,7 +263,7 @@ def filmstrip(
         page.paste(shown.thumbnail(order[j], side).resize((side, side)), (x*cell+5, 5))
     return page, places
 
-# %% ../nbs/10a_explore.ipynb #057fcda6
+# %% ../nbs/10a_explore.ipynb #c05bfdbc
 def to_bytes(
     image:Image.Image,   # RGB
     kind:str='jpeg',     # "jpeg", or "png" for pictures with hard edges
@@ -274,7 +274,7 @@ def to_bytes(
     else: image.save(file, 'jpeg', quality=90, subsampling=0)
     return file.getvalue()
 
-# %% ../nbs/10a_explore.ipynb #0cb22fe2
+# %% ../nbs/10a_explore.ipynb #e65139db
 def patch_at(
     model:PatchCore, # fitted
     x:float, y:float, # from the left and from the top of what the network saw, each in [0, 1]
@@ -285,7 +285,7 @@ def patch_at(
     cols = np.array([sum(patch_box(model, 0, c)[::2])/2 for c in range(w)])
     return int(abs(rows-y*H).argmin()), int(abs(cols-x*W).argmin())
 
-# %% ../nbs/10a_explore.ipynb #b8272bc0
+# %% ../nbs/10a_explore.ipynb #961db386
 def layer_spans(
     model:PatchCore, # set up or fitted
 )->dict[str,tuple[int,int]]: # layer -> first value of the embedding that it takes part in, and the one after the last
@@ -305,7 +305,7 @@ def layer_parts(
         parts[name] = squares[:, (takes == torch.tensor(who)).all(1)].sum(1)
     return parts
 
-# %% ../nbs/10a_explore.ipynb #8b1a622a
+# %% ../nbs/10a_explore.ipynb #8a106789
 def embedded(
     model:PatchCore,       # fitted
     prediction:Prediction, # of this model
@@ -342,7 +342,7 @@ def explain(
     table = pd.DataFrame(dict(memory=idxs.tolist(), distance=dists.tolist()))
     return pd.concat([table, pd.DataFrame(places, columns=['image', 'row', 'col']), pd.DataFrame({k: v.tolist() for k, v in parts.items()})], axis=1)
 
-# %% ../nbs/10a_explore.ipynb #0beb012c
+# %% ../nbs/10a_explore.ipynb #359fb58a
 LAYER_COLOURS = '#66ccee', '#228833', '#ccbb44', '#aa3377', '#4477aa', '#bbbbbb'
 
 def close_up(
@@ -372,7 +372,7 @@ def parts_html(
     total = sum(parts.values()) or 1.
     return f'<span style="white-space:nowrap">{bars}</span><br>'+', '.join(f'<span style="border-bottom:2px solid {c}">{escape(k)}</span> {100*v/total:.0f}%' for (k, v), c in zip(parts.items(), LAYER_COLOURS))
 
-# %% ../nbs/10a_explore.ipynb #77cf92d1
+# %% ../nbs/10a_explore.ipynb #29882578
 def _neighbour_cells(model:PatchCore, o:dict, parts:dict[str,float], scale:float, train)->list[str]:
     "One stored patch: picture, where it comes from, distance, layers."
     if o['image'] is None or train is None: picture, where = '', f"row {o['memory']} of the memory bank"

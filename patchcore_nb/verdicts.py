@@ -6,7 +6,7 @@
 __all__ = ['images_below', 'cell_of', 'Verdicts', 'open_verdicts', 'check_kind', 'write_table', 'give_verdict', 'next_open',
            'tally_verdicts', 'verdict_html', 'tally_html']
 
-# %% ../nbs/10c_verdicts.ipynb #95659f06
+# %% ../nbs/10c_verdicts.ipynb #2e3ed4ed
 import csv, os
 from dataclasses import dataclass, field
 from html import escape
@@ -17,7 +17,7 @@ from .data import list_images, subfolders
 from .layouts import kind_of, read_rows
 from .plots import BAD, GOOD, _name
 
-# %% ../nbs/10c_verdicts.ipynb #a030299c
+# %% ../nbs/10c_verdicts.ipynb #38278ce7
 def images_below(
     folder:str|Path, # where to look, and in the folders in it
 )->list[Path]: # at least one; sorted, those of a folder together
@@ -37,7 +37,7 @@ def cell_of(
     if ';' in name or name != name.strip(): raise DataError(f'{image} has a semicolon in its path, or a space at its end, which a table cannot hold: rename it')
     return name
 
-# %% ../nbs/10c_verdicts.ipynb #306b17e0
+# %% ../nbs/10c_verdicts.ipynb #8d8fb593
 @dataclass
 class Verdicts:
     "A table of verdicts and the images that it is about."
@@ -85,7 +85,7 @@ def open_verdicts(
     with open(path, encoding='utf-8-sig', newline='') as f: columns = [o.strip() for o in next(csv.reader(f))]
     return Verdicts(path, images, columns, rows, _check_columns(columns, rows, path, category))
 
-# %% ../nbs/10c_verdicts.ipynb #81c578ed
+# %% ../nbs/10c_verdicts.ipynb #396b50fb
 def check_kind(
     kind:str, # of defect
 )->str: # without spaces at its ends
@@ -123,7 +123,7 @@ def give_verdict(
     write_table(verdicts.path, verdicts.columns, rows)
     verdicts.rows = rows # only now: what is shown is what is on disk
 
-# %% ../nbs/10c_verdicts.ipynb #1e4159f3
+# %% ../nbs/10c_verdicts.ipynb #6b76435f
 def next_open(
     verdicts:Verdicts, # as `open_verdicts` returns them
     i:int=-1,          # look after this image, and then from the beginning

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Picture', 'explorer', 'why', 'coreset_playground', 'feature_lab', 'labeller']
 
-# %% ../nbs/11_widgets.ipynb #eccec8a7
+# %% ../nbs/11_widgets.ipynb #3c10115f
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +27,7 @@ from .plots import patch_box
 from .scorer import PATCH_SCORES
 from .verdicts import *
 
-# %% ../nbs/11_widgets.ipynb #d1e9694e
+# %% ../nbs/11_widgets.ipynb #8c5c9f3b
 class Picture(anywidget.AnyWidget):
     "A picture that says where it was clicked, and which key was pressed."
     _esm = '''
@@ -79,7 +79,7 @@ class Picture(anywidget.AnyWidget):
     def on_click(self, f:Callable): self.observe(lambda o: f(o.new['x'], o.new['y']), 'clicked')
     def on_key(self, f:Callable): self.observe(lambda o: f(o.new['key']), 'pressed')
 
-# %% ../nbs/11_widgets.ipynb #3ec254f0
+# %% ../nbs/11_widgets.ipynb #0e25d2fc
 @contextmanager
 def _said(line:W.HTML):
     "Show an error as a line, and take it away the next time."
@@ -93,7 +93,7 @@ def _on(controls:Sequence[W.Widget], f:Callable):
 def _slider(text:str, value:float, low:float, high:float, step:float, form:str='.4g')->W.FloatSlider:
     return W.FloatSlider(value=value, min=low, max=high, step=step, description=text, continuous_update=True, readout_format=form, layout=W.Layout(width='360px'), style=dict(description_width='80px'))
 
-# %% ../nbs/11_widgets.ipynb #b8f213e6
+# %% ../nbs/11_widgets.ipynb #34e53eb9
 def _explorer_parts(shown:Exhibit)->dict[str,W.Widget]:
     "The controls and views of the Explorer."
     s, t = shown.scores, first_threshold(shown)
@@ -165,7 +165,7 @@ class _Explorer:
         if self.image is None: return
         self.p['picture'].show(draw_seen(self.shown, self.image, self.p['threshold'].value, self.p['opacity'].value, self.p['mask'].value), self.shown.name(self.image))
 
-# %% ../nbs/11_widgets.ipynb #cdd443e2
+# %% ../nbs/11_widgets.ipynb #9615e77b
 def explorer(
     prediction:Prediction, # what `PatchCore.predict` returned
     samples=None,          # the test samples in the same order, a `Category` with them, or (B,) booleans; None: nobody knows the truth
@@ -179,7 +179,7 @@ def explorer(
     box.view = e # for whoever wants to drive it from Python
     return box
 
-# %% ../nbs/11_widgets.ipynb #98208c57
+# %% ../nbs/11_widgets.ipynb #a637d94b
 class _Why:
     "What Why? remembers: the embedding of the image, and the patch."
     def __init__(self, model:PatchCore, shown:Exhibit, i:int, train, n:int):
@@ -232,7 +232,7 @@ class _Why:
         ImageDraw.Draw(im).rectangle([round(x0*u), round(y0*u), round(x1*u)-1, round(y1*u)-1], outline='white', width=2)
         self.picture.show(im, self.shown.name(self.image.value))
 
-# %% ../nbs/11_widgets.ipynb #b3c0bd8f
+# %% ../nbs/11_widgets.ipynb #26367cd5
 def why(
     model:PatchCore,       # fitted
     prediction:Prediction, # of this model
@@ -250,7 +250,7 @@ def why(
     box.view = v
     return box
 
-# %% ../nbs/11_widgets.ipynb #99e74b0b
+# %% ../nbs/11_widgets.ipynb #1c26e4dc
 def coreset_playground(
     model:PatchCore,     # its arguments but for the ratio; fitted or not, and not changed
     category:Category,   # with images to learn from, and test images
@@ -273,7 +273,7 @@ def coreset_playground(
     box.view = dict(ratio=ratio, picture=picture, said=said, radius=radius, area=area, scores=scores)
     return box
 
-# %% ../nbs/11_widgets.ipynb #f9120971
+# %% ../nbs/11_widgets.ipynb #885274b4
 class _Bench:
     "What the laboratory remembers: the settings that were tried."
     def __init__(self, lab:Lab, backbones:Sequence[str]):
@@ -309,7 +309,7 @@ class _Bench:
         i = self.image.value
         self.picture.show(draw_seen(self.shown, i, np.inf, .7, side=360), self.shown.name(i))
 
-# %% ../nbs/11_widgets.ipynb #440a44c9
+# %% ../nbs/11_widgets.ipynb #867da9b6
 def feature_lab(
     category:Category,     # with images to learn from, and test images
     backbones:Sequence[str]=('filterbank',), # that can be chosen: names known to `create_backbone`
@@ -327,7 +327,7 @@ def feature_lab(
     box.view = b
     return box
 
-# %% ../nbs/11_widgets.ipynb #2f153051
+# %% ../nbs/11_widgets.ipynb #0cf9eaa3
 class _Labeller:
     "What the labeller remembers: the table, and the image that is looked at."
     def __init__(self, verdicts:Verdicts, side:int):
@@ -372,7 +372,7 @@ class _Labeller:
         self.title.value, self.said.value = verdict_html(self.v, i), tally_html(counts)
         self.kind.options = [k for k in counts if k not in ('good', None)]
 
-# %% ../nbs/11_widgets.ipynb #7c131ae4
+# %% ../nbs/11_widgets.ipynb #05a36b4a
 def labeller(
     folder:str|Path,  # with photographs, in it or in the folders in it
     path:str|Path|None=None, # the CSV file; made at the first verdict if it is not there; None: verdicts.csv in the folder

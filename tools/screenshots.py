@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 import browser
 import nbformat
-from PIL import Image, ImageChops, ImageColor
+from PIL import Image, ImageChops, ImageColor, ImageOps
 
 from patchcore_nb.explore import CYAN, LAYER_COLOURS, OUTCOMES
 
@@ -61,6 +61,8 @@ def write_notebook(
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(o.strip()) for o in CELLS.split('---')], metadata={'kernelspec': {'name': 'python3', 'display_name': 'python3'}}), path)
 
 
+def batched(palette:list[int])->list[list[int]]: return [palette[i:i+3] for i in range(0, len(palette), 3)]
+
 def keep(
     path:Path, # a PNG, which is changed
     most:int=200_000, # bytes
@@ -69,11 +71,14 @@ def keep(
     im = Image.open(path).convert('RGB')
     im = im.crop((0, 3, im.width, im.height-3)) # lines of the notebook above and below
     im = im.crop(ImageChops.difference(im, Image.new('RGB', im.size, 'white')).point(lambda v: 255*(v > 16)).getbbox())
+    im = ImageOps.expand(im, 8, 'white')
     fixed = [c for o in ('white', 'black', CYAN, *OUTCOMES.values(), *LAYER_COLOURS) for c in (ImageColor.getrgb(o) if isinstance(o, str) else o)]
     for colours in (240, 160, 96, 64):
         palette = Image.new('P', (1, 1))
         palette.putpalette(fixed+im.quantize(colours).getpalette()[:3*colours])
-        im.quantize(palette=palette, dither=Image.Dither.NONE).save(path, optimize=True)
+        small = im.quantize(palette=palette, dither=Image.Dither.NONE)
+        small.putpalette([255 if min(c) > 245 else v for c in batched(small.getpalette()) for v in c]) # white is white
+        small.save(path, optimize=True)
         if path.stat().st_size < most: return
     raise RuntimeError(f'{path.name} is {path.stat().st_size} bytes, more than {most}')
 
