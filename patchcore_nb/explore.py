@@ -13,12 +13,11 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from .core import *
@@ -89,7 +88,7 @@ class Exhibit:
     def thumbnail(self, i:int, side:int=72)->Image.Image:
         "Image and map as one, small."
         low, top = self.span
-        return self._keep('thumb', i, lambda: Image.fromarray(overlay(self.square(i), self.prediction.anomaly_maps[i], top, low)).resize((side, side), Image.Resampling.BOX))
+        return self._keep('thumb', i, lambda: ImageOps.pad(Image.fromarray(overlay(self.square(i), self.prediction.anomaly_maps[i], top, low)), (side, side), Image.Resampling.BOX, 'white'))
 
     def name(self, i:int)->str: # HTML
         "What to call an image."

@@ -128,7 +128,7 @@ class Lab:
     def __init__(self,
         category:Category,  # with images to learn from, and test images
         model:PatchCore|None=None, # all other arguments: image size, dimensions, ratio, seed, weights_dir, device; None: those of PatchCore
-        layers:Sequence[str]=('layer1', 'layer2', 'layer3'), # that can be chosen, the finest first
+        layers:Sequence[str]=('layer2', 'layer3'), # that can be chosen, the finest first
         n_train:int=20,     # images to learn from, at most
         n_test:int=30,      # images to judge, at most
         most_k:int=9,       # the largest k that can be chosen

@@ -185,7 +185,7 @@ class _Why:
     def __init__(self, model:PatchCore, shown:Exhibit, i:int, train, n:int):
         self.model, self.shown, self.train, self.n, (h, w) = model, shown, train, n, model.grid_
         small = dict(layout=W.Layout(width='360px'), style=dict(description_width='80px'))
-        self.image = W.IntSlider(i, 0, len(shown)-1, description='image', **small)
+        self.image = W.IntSlider(i, 0, len(shown)-1, description='image', continuous_update=False, **small)
         self.row, self.col = W.IntSlider(0, 0, h-1, description='row', **small), W.IntSlider(0, 0, w-1, description='column', **small)
         self.opacity, self.worst = _slider('opacity', .5, 0, 1, .01, '.2f'), W.Button(description='strangest patch', layout=W.Layout(width='140px'))
         self.picture = Picture(hint='click a place; the arrow keys go from patch to patch', cursor='crosshair', listens=['ArrowLeft', 'ArrowRight', 'ArrowUp', 'ArrowDown'])
@@ -282,10 +282,10 @@ class _Bench:
         default = [o for o in first.layers if o in lab.layers] or list(lab.layers[-1:])
         self.backbone = W.Dropdown(options=list(backbones), description='backbone', **wide)
         self.layers = W.SelectMultiple(options=lab.layers, value=default, rows=len(lab.layers), description='layers', **wide)
-        self.patchsize = W.SelectionSlider(options=[1, 3, 5, 7], value=first.patchsize, description='patch size', **wide)
-        self.k = W.IntSlider(first.k, 1, lab.most_k, description='k', **wide)
+        self.patchsize = W.SelectionSlider(options=[1, 3, 5, 7], value=first.patchsize, description='patch size', continuous_update=False, **wide)
+        self.k = W.IntSlider(first.k, 1, lab.most_k, description='k', continuous_update=False, **wide)
         self.patch_score = W.Dropdown(options=list(PATCH_SCORES), value=first.patch_score, description='patch score', **wide)
-        self.smoothing = W.FloatSlider(value=first.smoothing, min=0, max=16, step=.5, description='smoothing', readout_format='.1f', **wide)
+        self.smoothing = W.FloatSlider(value=first.smoothing, min=0, max=16, step=.5, description='smoothing', readout_format='.1f', continuous_update=False, **wide)
         self.image = W.IntSlider(int(lab.labels.argmax()), 0, len(lab.test)-1, description='image', **wide)
         self.picture, self.said, self.table, self.scores, self.error = Picture(), W.HTML(), W.HTML(), W.HTML(), W.HTML()
         _on([self.backbone, self.layers, self.patchsize, self.k, self.patch_score, self.smoothing], self.judge); _on([self.image], self.draw)

@@ -111,3 +111,14 @@ def test_the_keyboard_does_what_the_mouse_does(tutorial):
     before = int(row.inner_text())
     picture.press('ArrowUp')
     page.wait_for_function('([before]) => +document.querySelectorAll(".patchcore-why .widget-readout")[1].innerText === before-1', arg=[before], timeout=20_000)
+
+def test_restarts_and_runs_again(tutorial):
+    page, _ = tutorial
+    page.evaluate('() => document.querySelector(".patchcore-why").setAttribute("data-before", "yes")')
+    page.get_by_role('menuitem', name='Run', exact=True).click()
+    page.get_by_text('Restart Kernel and Run All Cells', exact=False).first.click()
+    page.locator('.jp-Dialog .jp-mod-accept').click()
+    page.wait_for_selector('.patchcore-why:not([data-before]) img', timeout=240_000)
+    page.wait_for_function(browser.FINISHED, timeout=60_000)
+    assert not page.evaluate(browser.ERRORS)
+    assert sum(counts(page)) == 24
