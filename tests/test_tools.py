@@ -107,3 +107,15 @@ def test_readme_check_writes_nothing(project):
     assert stale.exists() and not (project/'README.md').exists()
     assert run('readme.py', project).returncode == 0 and run('readme.py', project, '--check').returncode == 0
     assert not stale.exists() and (project/'nbs/images/readme/figure-1.png').read_bytes() == b'a picture'
+
+def test_execute(project):
+    "Flagged cells are passed over unless their flag is named, outputs are stored, views of widgets are not."
+    path = project/'nbs/01_runs.ipynb'
+    def sources(*cells): nbformat.write(notebook('# Runs\n\n> s', *[(o,) for o in cells]), path)
+    def outputs(): return [[o.get('data', {}).get('text/plain') for o in c.outputs] for c in nbformat.read(path, 4).cells[1:]]
+    sources('1 + 1', '#| notest\n1/0', '#| eval: false\n1/0', 'import ipywidgets', 'ipywidgets.IntSlider()')
+    result = run('execute.py', project, path)
+    assert result.returncode == 0 and '2 cells passed over' in result.stdout, result.stderr
+    assert outputs() == [['2'], [], [], [], []] and 'widgets' not in nbformat.read(path, 4).metadata
+    result = run('execute.py', project, '--flags', 'notest', path)
+    assert result.returncode == 1 and 'ZeroDivisionError' in result.stderr
