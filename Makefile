@@ -21,19 +21,20 @@ test: $(VENV)/installed-dev
 	$(BIN)/python tools/pages.py
 	$(BIN)/python -m pytest tests
 
-## make docs    pip install -e '.[dev]'  then python tools/pages.py --render (the site, into _docs/)
+## make docs    pip install -e '.[dev]'  then python tools/pages.py --render (the site, into _docs/; without Quarto by Sphinx, which takes pip install -e '.[docs]')
 docs: $(VENV)/installed-dev
+	command -v quarto >/dev/null || $(BIN)/python -m pip install -q -e '.[docs]'
 	$(BIN)/python tools/pages.py --render
 
-## make lab     pip install -e '.[dev]'  then jupyter lab nbs
+## make lab     pip install -e '.[dev]'  then jupyter lab --LabApp.default_url=/lab/tree/nbs/tutorials
 lab: $(VENV)/installed-dev
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/tutorials
 
-## make readme  pip install -e '.[dev]'  then python tools/readme.py (README.md from nbs/index.ipynb)
+## make readme  pip install -e '.[dev]'  then python tools/readme.py (README.md and the other documents, from their notebooks)
 readme: $(VENV)/installed-dev
 	$(BIN)/python tools/readme.py
 
-## make bench   pip install -e '.[dev]'  then python benchmarks/coreset.py and the others (about twenty minutes; results into benchmarks/results/)
+## make bench   pip install -e '.[dev]'  then python benchmarks/coreset.py and the others (about half an hour; results into benchmarks/results/)
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/coreset.py
 	$(BIN)/python benchmarks/search.py
@@ -45,6 +46,7 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/pictures.py
 	$(BIN)/python benchmarks/scores.py
+	$(BIN)/python benchmarks/contamination.py
 
 # An environment that is older than the package's metadata is brought up to date; one that is not there is made.
 # torch and torchvision must come from one index: both are requirements, so one pip command installs both.

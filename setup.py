@@ -30,7 +30,7 @@ setup(
     ],
     packages=find_packages(include=['patchcore_nb', 'patchcore_nb.*']),
     install_requires=shlex.split(cfg['requirements']),
-    extras_require={'dev': shlex.split(cfg['dev_requirements'])},
+    extras_require={k: shlex.split(cfg[f'{k}_requirements']) for k in ('dev', 'docs')},
     entry_points={
         'console_scripts': cfg['console_scripts'].split(),
         'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],

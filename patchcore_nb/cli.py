@@ -13,6 +13,7 @@ from functools import partial, reduce
 from pathlib import Path
 
 import click
+import numpy as np
 import pandas as pd
 import torch
 
@@ -20,7 +21,7 @@ from .core import *
 from .data import Category, check_options, dataset_names, image_size, load_category, parse_pixels
 from .demo import DEMO_CATEGORIES # the import registers the set
 import patchcore_nb.layouts # and this one the others
-from .extractor import BACKBONES, PRECISIONS
+from .extractor import BACKBONES, PRECISIONS, split_seed
 from .ensemble import Ensemble
 from .experiment import REFERENCE_COLUMNS, Run, judge_saved, run, run_folder, run_seeds
 from .memory import parse_size
@@ -185,8 +186,11 @@ def _arguments(group:dict, core:dict, sampler:dict, data:dict)->dict:
                 target_dim=core['target_embed_dimension'], resize=data['resize'], imagesize=None if data['no_crop'] else data['imagesize'])
     args |= dict(denoise=sampler['denoise'], b=core['reweighting_num_nn'])
     args |= {k: core[k] for k in ('preprocessing', 'aggregation', 'distance', 'smoothing', 'search', 'precision', 'weights', 'false_alarms', 'confidence')} | {k: data[k] for k in ('augment', 'train_val_split')}
+    if core['false_alarms'] is None and 'confidence' in core['given'] and core['confidence']: raise click.UsageError('--confidence is for the threshold, and --false_alarms none asks for none: pass one of them')
     given = {_NAMES.get(k, k) for part in (core, sampler, data) for k in part['given'] if k != 'name' or (part is sampler and sampler['name'] != 'preset')}
-    return args | {k: v for k, v in PRESETS.get(group['preset'], {}).items() if k not in given}
+    args |= {k: v for k, v in PRESETS.get(group['preset'], {}).items() if k not in given}
+    if 'b' in given and args['patch_score'] != 'reweighted': raise click.UsageError('--reweighting_num_nn is for --patchscore reweighted: pass both or neither')
+    return args
 
 # %% ../nbs/12_cli.ipynb #49df4c66
 def layers_of(
@@ -240,14 +244,14 @@ def show_run(
     columns = {'image_auroc': 'image AUROC', 'pixel_auroc': 'pixel AUROC', 'anomaly_pixel_auroc': 'anomaly pixel AUROC', 'threshold': 'threshold', 'false_alarms': 'false alarms', 'missed': 'missed'}
     report = done.report.reindex(columns=[o for o in columns if o in done.report or o in REFERENCE_COLUMNS])
     spread = {o: done.report[f'{o}_std'] for o in report if f'{o}_std' in done.report}
-    table = pd.DataFrame({o: [f'{m:.4f} ± {s:.4f}' for m, s in zip(report[o], spread[o])] for o in spread}, report.index) if spread else report
+    table = pd.DataFrame({o: ['-' if np.isnan(m) else f'{m:.4f} ± {s:.4f}' for m, s in zip(report[o], spread[o])] for o in spread}, report.index) if spread else report
     table = table.rename(columns=columns)
     lines = ['', table.to_string(float_format='%.4f', na_rep='-'), '', f'results:  {done.folder/"results.csv"}']
     inside = done.folder/'seed_*' if spread else done.folder
     if not group['no_report']: lines.append(f'report:   {inside/"report.html"}')
     if group['save_segmentation_images']: lines.append(f'pictures: {inside/"segmentation_images"}')
     if group['save_patchcore_model']: lines.append(f'models:   {inside/"models"}')
-    if 'search_recall' in done.report: lines.append(f'search:   {", ".join(done.searches) or search} finds {done.report["search_recall"].min():.4%} of the nearest neighbours or more')
+    if 'search_recall' in done.report: lines.append(f'search:   {", ".join(done.searches) or search} finds {done.report["search_recall"].min():.4%} of the nearest neighbours {"on average over seeds" if spread else "or more"}')
     if done.done_before: lines.append(f'resumed:  {done.done_before} categories had been done before')
     return '\n'.join(lines)
 
@@ -325,6 +329,7 @@ def _refuse(flags:dict, names:Sequence[str], why:str):
 # %% ../nbs/12_cli.ipynb #30790d93
 def _report_args(group:dict)->dict:
     "What the flags say of the report."
+    if group['no_report'] and click.get_current_context().get_parameter_source('lang') is click.core.ParameterSource.COMMANDLINE: raise click.UsageError('--lang is for the report, and --no_report asks for none: pass one of them')
     return dict(report=not group['no_report'], lang=group['lang'], command=(click.get_current_context().find_root().obj or {}).get('command', ''))
 
 def _run_saved(flags:dict, group:dict):
@@ -348,6 +353,7 @@ def _fit_all(flags:dict, group:dict):
     model = make_model(group, core, flags['sampler'], data).check()
     seeds, where = group['seed'], (group['results_path'], group['log_project'], group['log_group'])
     if len(set(seeds)) < len(seeds): raise click.UsageError('a seed is given twice with --seed: give each one once')
+    if len(seeds) > 1 and all(split_seed(o)[1] is not None for o in core['backbone_names']): warnings.warn('each backbone has a seed in its name, which beats --seed: the runs differ at most in how images are split')
     outputs = dict(save_model=group['save_patchcore_model'], pictures=group['save_segmentation_images'], model_format=group['model_format'], resume=group['resume'], **_report_args(group))
     if len(seeds) > 1: done = run_seeds(model, lambda seed: find_categories(seed, data), seeds, *where, **outputs)
     else: done = run(model, find_categories(seeds[0], data), *where, **outputs)

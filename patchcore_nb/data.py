@@ -293,7 +293,7 @@ class Preprocess:
 
     def __str__(self):
         scaled = 'scaled to {} x {}'.format(*self.resize) if isinstance(self.resize, tuple) else f'shorter side to {self.resize}'
-        return scaled+(', nothing cut' if self.imagesize is None else ', the middle {} x {}'.format(*self.size))+' pixels'
+        return scaled+(' pixels, nothing cut' if self.imagesize is None else ', the middle {} x {} pixels'.format(*self.size))
 
     @property
     def size(self)->tuple[int,int]|None: # (height, width); None: the first image will tell

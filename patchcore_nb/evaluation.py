@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LIMITS', 'auroc_pairs', 'Counts', 'add_sorted', 'add_good', 'merged', 'counts', 'area', 'auroc', 'curve', 'roc_curve',
            'precision_area', 'best_f1', 'average_precision', 'f1max', 'aupro_regions', 'region_weights', 'rows_of',
-           'weigh_regions', 'aupro', 'pro_curve', 'aupimo_curves', 'log_room', 'image_means', 'aupimo_images', 'seg_f1',
-           'aupro_names', 'pixel_figures', 'no_pixel_figures', 'pixel_truth', 'evaluate']
+           'weigh_regions', 'aupro', 'pro_curve', 'aupimo_curves', 'room_between', 'log_room', 'image_means',
+           'aupimo_images', 'seg_f1', 'aupro_names', 'pixel_figures', 'no_pixel_figures', 'pixel_truth', 'evaluate']
 
 # %% ../nbs/06_evaluation.ipynb #19936235
 from collections.abc import Sequence
@@ -291,17 +291,24 @@ def aupimo_curves(
     return totals/np.log(high/low)
 
 # %% ../nbs/06_evaluation.ipynb #bea22e7e
+def room_between(
+    above:np.ndarray, # any shape: false positive rate before a step
+    up_to:np.ndarray, # the same shape: after it
+    low:float=1e-5,   # from this false positive rate
+    high:float=1e-4,  # to this one
+)->np.ndarray: # the same shape, in [0, 1]
+    "How much of the budget, on a logarithmic scale, is left to what is found during a step."
+    a, b = (np.clip(o, low, high) for o in (above, up_to))
+    tie = (b-a-above*np.log(b/a))/np.where(up_to > above, up_to-above, 1)
+    return (tie+np.log(high/b))/np.log(high/low)
+
 def log_room(
     c:Counts,        # its good items are the pixels of good images; NaN if there are none
     low:float=1e-5,  # from this false positive rate
     high:float=1e-4, # to this one
 )->np.ndarray: # (k,) in [0, 1]
     "How much of the budget, on a logarithmic scale, is left when each defective item is found."
-    if not c.n_good: return np.full(len(c.gained), np.nan)
-    x0, x = c.fp_above/c.n_good, c.fp/c.n_good
-    a, b = (np.clip(o, low, high) for o in (x0, x))
-    tie = (b-a-x0*np.log(b/a))/np.where(x > x0, x-x0, 1)
-    return (tie+np.log(high/b))/np.log(high/low)
+    return room_between(c.fp_above/c.n_good, c.fp/c.n_good, low, high) if c.n_good else np.full(len(c.gained), np.nan)
 
 def image_means(
     values:np.ndarray, # (P,) one for each of the P defective pixels, image after image

@@ -287,7 +287,8 @@ def _lower_precision(self:Extractor, device:torch.device):
 def _lay_out(self:Extractor, images:Tensor)->Tensor: # the images, padded
     "Pad the images, and bring them and the network's weights into the order in memory that suits the device."
     layout = torch.channels_last if images.device.type == 'cpu' else torch.contiguous_format
-    if self.layout != layout: self.backbone.to(memory_format=layout)
+    if self.layout != layout:
+        with torch.inference_mode(False): self.backbone.to(memory_format=layout) # or nobody could ask these weights for gradients any more
     self.layout = layout
     return pad_images(images, *self.padded_size(images.shape[2:])).contiguous(memory_format=layout)
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RUNTIME', 'CLEANER', 'MANY', 'PatchCore', 'make_scorer', 'as_items', 'aside_of', 'LeftOut', 'Prediction',
-           'naive_grow', 'grow', 'all_or_nothing', 'fingerprint', 'check_learned']
+           'empty_maps', 'naive_grow', 'grow', 'all_or_nothing', 'fingerprint', 'check_learned']
 
 # %% ../nbs/07_patchcore.ipynb #ef439c3b
-import contextlib, dataclasses, inspect, math, sys, warnings
+import contextlib, dataclasses, inspect, math, sys, time, warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -31,7 +31,7 @@ from .data import Category, Preprocess, Sample, TURNS, batches, check_split, hol
 from .extractor import Extractor, create_backbone, map_shapes, split_seed
 from .backbones import reference_name # which fills the table of names
 from .filterbank import FilterBank # which registers itself
-from .memory import Load, Plan, make_plan, release, spilled, stage
+from .memory import Load, Plan, free_memory, make_plan, parse_size, release, spilled, stage, too_many
 from .samplers import Coreset, coreset, coreset_size, farthest_points
 from .scorer import DISTANCES, PATCH_SCORES, Scorer, image_scores, limit_threads, make_maps, reweight
 from .search import SEARCHES, nearest_neighbours
@@ -222,8 +222,9 @@ def _check_arguments(self:PatchCore):
 def check_size(self:PatchCore,
     n:int, # training images
 )->tuple[list[int],list[int],int]: # indices to remember; to hold out; M, patches that will be remembered
-    "Refuse a number of images that is too small for the split, for k or for re-weighting."
+    "Refuse a number of images that is too small for the split, to be compared, for k or for re-weighting."
     keep, held = hold_out(n, self.train_val_split, self.seed)
+    if self.denoise and len(keep) < 2: raise ArgumentError('denoise compares training images with one another, and there is only one: pass more images, or leave denoise out')
     n = self._n_patches(len(keep))
     return keep, held, self._check_kept(coreset_size(n-int(n*self.denoise), self.ratio, self.sampler))
 
@@ -260,10 +261,13 @@ def plan(self:PatchCore,
 @patch
 def _plan(self:PatchCore, n_images:int, m:int, n_test:int)->Plan:
     "The plan for images to embed, patches to remember, images to judge together."
-    weights = sum(o.nbytes for o in self.extractor_.backbone.state_dict().values())
-    n = self._n_patches(n_images)
-    load = Load(n_images, n, self.dim_, m, weights, self._batch_bytes(), n_test, math.prod(self.preprocess_.size), n-int(n*self.denoise) if self.denoise else 0)
-    return make_plan(load, self.memory_budget, self.spill_dir, self.device_)
+    return make_plan(self._load(n_images, m, n_test), self.memory_budget, self.spill_dir, self.device_)
+
+@patch
+def _load(self:PatchCore, n_images:int, m:int, n_test:int)->Load:
+    "The same in numbers."
+    weights, n = sum(o.nbytes for o in self.extractor_.backbone.state_dict().values()), self._n_patches(n_images)
+    return Load(n_images, n, self.dim_, m, weights, self._batch_bytes(), n_test, math.prod(self.preprocess_.size), n-int(n*self.denoise) if self.denoise else 0)
 
 # %% ../nbs/07_patchcore.ipynb #28f62aba
 def _unbatch(o)->list:
@@ -370,7 +374,7 @@ def _pick(self:PatchCore,
     plan:Plan,
 )->tuple[Coreset,Tensor]: # and (M, D), the memory bank
     "Pick the coreset."
-    rows = self._clean(bank) if self.denoise else None
+    rows = cleaned(self._strangeness(bank), self.denoise) if self.denoise else None
     clean = bank if rows is None else self._taken(bank, rows, plan)
     core = coreset(clean, self.ratio, self.sampler, self._seed(), self.show)
     kept = clean.cpu() if len(core.idxs) == len(clean) and plan.where != 'file' else clean[core.idxs.to(bank.device)].cpu()
@@ -454,12 +458,12 @@ class LeftOut(NamedTuple):
     nn_idxs:Tensor      # (B,) the stored patch that is nearest to it
 
 @patch
-def _clean(self:PatchCore, bank:Tensor)->Tensor: # (n,) int64 rows to pick from, ascending
-    "Find the patches that no other image explains."
-    n, (h, w) = self._n_patches(1), self.grid_
+def _strangeness(self:PatchCore, bank:Tensor)->Tensor: # (N,)
+    "How far each patch is from a coreset of the other images."
+    n = self._n_patches(1)
     core = coreset(bank, min(1., max(CLEANER, 512/len(bank))), 'approx_greedy_coreset', self._seed(), self.show)
-    dists, _ = leave_one_out(enumerate(bank.split(n)), bank[core.idxs.to(bank.device)].to(self.search_device_), core.idxs//n)
-    return cleaned(dists[..., 0].flatten(), self.denoise)
+    with limit_threads(self.search_threads): dists, _ = leave_one_out(enumerate(bank.split(n)), bank[core.idxs.to(bank.device)].to(self.search_device_), core.idxs//n)
+    return dists[..., 0].flatten()
 
 @patch
 def _taken(self:PatchCore, bank:Tensor, rows:Tensor, plan:Plan)->Tensor: # (n, D)
@@ -512,6 +516,7 @@ def fit(self:PatchCore,
     del bank, memory_bank
     release()
     self._calibrate_threshold()
+    self.__dict__.pop('pace_', None) # which is that of the user's own images
     return self
 
 # %% ../nbs/07_patchcore.ipynb #0621a00d
@@ -525,6 +530,7 @@ class Prediction:
     nn_idxs:Tensor        # (B, h, w) int64 nearest patch, as a row of the memory bank
     preprocess:Preprocess # which part of an image the network saw
     calibration:Calibration|None=None # what the scores are held against; None: the model has nothing
+    counted:bool=False    # are the maps too many for memory? then they lie in a file, and their pixels are better counted than sorted
 
     def __len__(self): return len(self.images)
 
@@ -535,7 +541,7 @@ class Prediction:
 
     @property
     def map_threshold(self)->float|None: # None: the model has none
-        "An image of whose map any pixel is above it is called anomalous, too."
+        "Pixels above it are marked; `verdicts` do not ask it."
         return self.calibration and self.calibration.map_threshold
 
     @property
@@ -569,20 +575,40 @@ class Prediction:
         return to_original(self.anomaly_maps[i], _size_of(self.images[i]), self.preprocess)
 
 # %% ../nbs/07_patchcore.ipynb #a3207218
+def empty_maps(
+    n:int,                # how many
+    size:tuple[int,int],  # (H, W)
+    on_disk:bool=False,   # in a file?
+    folder:str|Path|None=None, # for the file; None: the one for temporary files
+)->Tensor: # (n, H, W) not initialised
+    "Room for anomaly maps."
+    return spilled(n, math.prod(size), folder).view(n, *size) if on_disk else torch.empty(n, *size)
+
+@patch
+def counts_maps(self:PatchCore,
+    n:int, # images to judge together
+)->bool:
+    "Whether their maps are too many for the memory budget."
+    return too_many(self._load(0, len(self.memory_bank_), n), free_memory() if self.memory_budget is None else parse_size(self.memory_budget))
+
 @patch
 def predict(self:PatchCore,
     images, # whatever `as_items` takes
+    counted:bool|None=None, # put the maps into a file? None: if they are too many for the memory budget
 )->Prediction: # on the CPU
     "Score images."
     if not hasattr(self, 'memory_bank_'): raise ArgumentError('this PatchCore remembers nothing yet: call fit with good images first')
-    items = as_items(images)
-    n, size = len(items), self.preprocess_.size
-    scores, maps, patch_scores, nn_idxs = torch.empty(n), torch.empty(n, *size), torch.empty(n, *self.grid_), torch.empty(n, *self.grid_, dtype=torch.int64)
+    items, start = as_items(images), time.perf_counter()
+    n = len(items)
+    counted = self.counts_maps(n) if counted is None else counted
+    maps = empty_maps(n, self.preprocess_.size, counted, self.spill_dir)
+    scores, patch_scores, nn_idxs = torch.empty(n), torch.empty(n, *self.grid_), torch.empty(n, *self.grid_, dtype=torch.int64)
     parts = zip(*(o.split(self.batch_size) for o in (scores, patch_scores, nn_idxs, maps)))
     for p, out in zip(self._embed(items, 'scoring'), parts):
         found = self.scorer_(p)
         for a, b in zip(out, (*found, self.make_maps(found.patch_scores))): a.copy_(b)
-    return Prediction(items, scores, maps, patch_scores, nn_idxs, self.preprocess_, getattr(self, 'calibration_', None))
+    self.pace_ = (time.perf_counter()-start)/n # seconds an image
+    return Prediction(items, scores, maps, patch_scores, nn_idxs, self.preprocess_, getattr(self, 'calibration_', None), counted)
 
 @patch
 def make_maps(self:PatchCore,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INK', 'LINE', 'CYAN', 'GOOD', 'BAD', 'colour_range', 'to_colours', 'overlay', 'outline', 'draw_panel', 'seen_square',
            'plot_prediction', 'plot_scores', 'plot_roc', 'pca_plane', 'plot_bank', 'plot_radius', 'patch_box',
-           'stored_patch', 'plot_match']
+           'stored_patch', 'plot_match', 'plot_suspects']
 
 # %% ../nbs/09_plots.ipynb #a4f9f74b
 import base64, io
@@ -336,6 +336,28 @@ def plot_match(
     _blank(axs)
     return axs
 
+# %% ../nbs/09_plots.ipynb #13a09159
+def plot_suspects(
+    model:PatchCore, # fitted
+    train_images,    # the images that were given to `fit`, in the same order
+    n:int=6,         # how many to show; fewer if there are fewer
+    axs=None,        # twice as many axes, in two rows
+)->np.ndarray: # the axes
+    "The most suspicious training images, each with its strangest patch, and that from near."
+    if n < 1: raise ArgumentError(f'n must be at least 1 suspect, got {n}: pass 6')
+    items = as_items(train_images)
+    table = model.suspects(items).head(n)
+    if table.image.max() >= len(items): raise ArgumentError(f'train_images must be those that the model was fitted on, at least {table.image.max()+1}, got {len(items)}')
+    if axs is None: _, axs = plt.subplots(2, len(table), figsize=(1.55*len(table), 3.4), layout='constrained', squeeze=False)
+    axs = np.asarray(axs).reshape(2, -1)
+    if axs.shape[1] != len(table): raise ArgumentError(f'axs must be two rows of {len(table)} axes, got {axs.size} axes')
+    for rank, (column, o) in enumerate(zip(axs.T, table.itertuples()), 1):
+        _framed(column, model.view(items[o.image]), patch_box(model, o.row, o.col), 'cyan')
+        column[0].set_title(f'{rank}: image {o.image}')
+        column[1].set_title(f'score {o.score:.4g}')
+    _blank(axs.flat)
+    return axs
+
 # %% ../nbs/09_plots.ipynb #c0961e7b
 def _data_url(
     im:Image.Image, # RGB
@@ -393,6 +415,7 @@ def _facts(model:PatchCore)->dict[str,str]:
     of = f' of {model.n_patches_:,}, from {model.n_images_} image{"s" * (model.n_images_ != 1)}' if model.n_patches_ else ''
     facts = {'memory bank': f'{m:,} patches{of} ({m*d*model.memory_bank_.element_size()/2**20:.3g} MB)'}
     if model.radii_ and model.sizes_[-1] == m: facts['cover radius'] = f'{model.radii_[-1]:.4g}'
+    if hasattr(model, 'pace_'): facts['time'] = f'{1000*model.pace_:.3g} ms an image, when it last judged some'
     return facts | {'threshold': _about_threshold(model)}
 
 def _about_threshold(model:PatchCore|Ensemble)->str:

@@ -68,12 +68,13 @@ def thin(
 def category_curves(
     prediction:Prediction, # of the test images
     labels:np.ndarray,     # (B,) True = defective
-    masks=None,            # (B, H, W) True = defective; None: curves of pixels are left out
+    masks=None,            # (B, H, W) True = defective; None: curves of pixels are left out, unless they are given
+    pixels:dict|None=None, # curves of pixels, as `Tally.curves` returns them
 )->dict[str,list|None]: # image_roc, pixel_roc, pro: x and y of their corners; None where there is none
     "The curves of a category; an ensemble's over the test set, as its figures are."
     seen = prediction.over_set()
     found = dict(image_roc=thin(*curve(counts(seen.image_scores, labels))), pixel_roc=None, pro=None)
-    if masks is None: return found
+    if masks is None: return found | {k: thin(*o) for k, o in (pixels or {}).items()}
     maps, true = seen.anomaly_maps.numpy(), np.asarray(masks)
     c = counts(maps, true)
     return found | dict(pixel_roc=thin(*curve(c)), pro=thin(*curve(weigh_regions(c, maps, true))))
@@ -212,11 +213,11 @@ def _members(model:PatchCore|Ensemble)->list[PatchCore]: return list(model.model
 def threshold_facts(
     model:PatchCore|Ensemble, # fitted
     prediction:Prediction,    # of this model
-)->dict|None: # value, map (of pixels; None: none), promise, rate (of false alarms that was wanted); None: there is no threshold
+)->dict|None: # value, map (of pixels; None: none), promise, rate (of false alarms that was wanted), confidence (that was wanted); None: there is no threshold
     "What there is to say of a threshold."
     if prediction.threshold is None or not np.isfinite(prediction.threshold): return None
     return dict(value=_plain(prediction.threshold), map=_plain(prediction.map_threshold), promise=prediction.promise,
-                rate=_plain(_members(model)[0].false_alarms))
+                rate=_plain(_members(model)[0].false_alarms), confidence=_plain(_members(model)[0].confidence))
 
 def model_facts(
     model:PatchCore|Ensemble, # fitted
@@ -254,7 +255,8 @@ def section(
     prediction:Prediction,    # of the test images, in their order
     figures:dict,             # name -> figure, as `evaluate` returns them, and any others
     *,
-    masks=None,               # (B, H, W) as `read_masks` returns them; None: read here
+    masks=None,               # (B, H, W) as `read_masks` returns them; None: read here, unless there are curves
+    curves:dict|None=None,    # of pixels, as `Tally.curves` returns them, where maps and masks are too many
     limit:float=.3,           # false positive rate up to which AUPRO was taken
     intervals:pd.DataFrame|None=None, # 95% intervals: a row per figure, columns low and high
     kinds:pd.DataFrame|None=None,     # figures by kind of defect: a row per kind, any columns
@@ -264,12 +266,12 @@ def section(
 )->dict: # plain values, which JSON can hold
     "All that a report says of a category."
     if len(prediction) != len(category.test): raise ArgumentError(f'prediction must be of the {len(category.test)} test images of {category.key}, got {len(prediction)}: predict category.test')
-    masks, labels = _all_masks(category, prediction) if masks is None else masks, np.array([o.label for o in category.test])
+    masks, labels = _all_masks(category, prediction) if masks is None and curves is None else masks, np.array([o.label for o in category.test])
     span, look = colour_range(prediction.anomaly_maps, labels), worth_a_look(prediction.image_scores, labels, most)
     pictures = {k: [_picture(category.test[i], None if masks is None else masks[i], prediction, i, span) for i in idxs] for k, idxs in look.items()}
     bounds = {} if intervals is None else intervals[['low', 'high']].T.to_dict('list')
     return dict(category=category.key, model=model_facts(model, category), figures={str(k): _plain(v) for k, v in figures.items()},
-                intervals={str(k): [_plain(o) for o in v] for k, v in bounds.items()}, limit=limit, curves=category_curves(prediction, labels, masks),
+                intervals={str(k): [_plain(o) for o in v] for k, v in bounds.items()}, limit=limit, curves=category_curves(prediction, labels, masks, curves),
                 kinds=scores_by_kind(category.test, prediction.image_scores, prediction.threshold, kinds), threshold=threshold_facts(model, prediction),
                 span=[_plain(o) for o in span], pictures=pictures, matches=matches(model, category, prediction, [*look['hits'][:most-1], *look['rings'][:1]]),
                 suspects=[] if suspects is None else suspect_pictures(model, suspects, 2*most), stages=[{k: _plain(v) for k, v in o.items()} for o in stages or []])
@@ -279,7 +281,7 @@ ENGLISH = dict(
     tag='en', title='PatchCore report', run='The run', command='Command', date='Date', device='Device', versions='Versions', settings='Settings',
     summary='Summary', category='Category', mean='Mean', interval='95% interval', figures='Figures', figure='Figure', value='Value', gap=' ', stop='. ', colon=': ', back='Back to the summary',
     summary_note='Figures of the test images, from 0 to 1; false alarms and missed are shares at the threshold.',
-    interval_note='Small numbers are 95% intervals, from a thousand draws of the test images; where no draw differs, as with a perfect average precision, there is none.', limit_note='AUPRO is taken up to a false positive rate of {limit:g}.',
+    interval_note='Small numbers are 95% intervals: binomial ones for false alarms, for missed and for an image AUROC of 1, all others from a thousand draws of the test images; where no draw differs, as with a perfect average precision, there is none. Near 1, and for any F1max, the draws see too little of the doubt: the truth is often lower.', limit_note='AUPRO is taken up to a false positive rate of {limit:g}.',
     made_of='{train:,} training images of {h} × {w} pixels as the network sees them. {good:,} good and {defective:,} defective test images.',
     remembers='Memory bank of {patches:,} patches.', remembers_of='Memory bank of {patches:,} of {of:,} patches.', radius='Cover radius {radius}.',
     figure_image_auroc='image AUROC', figure_image_ap='image AP', figure_image_f1max='image F1max', figure_pixel_auroc='pixel AUROC',
@@ -289,8 +291,8 @@ ENGLISH = dict(
     figure_threshold='threshold', figure_map_threshold='threshold of pixels', figure_false_alarms='false alarms', figure_missed='missed', figure_search_recall='search recall',
     scores='Image scores', image_score='image score', images='images', good='good', defective='defective',
     threshold='Threshold', threshold_is='Images that score above {value} are called anomalous.', map_threshold_is='Pixels above {value} are marked.',
-    no_threshold='This model has no threshold, since no good images were held out to set one. There are no verdicts.',
-    promise_confidence='The promise holds with confidence: for nearly all samples of held-out images, the rate of false alarms stays at or below {rate:.3g}%, as long as the parts to come are of the same kind.',
+    no_threshold='This model has no threshold: none was asked for, too few good images were at hand to set one, or the model came without. There are no verdicts.',
+    promise_confidence='The promise holds with a confidence of {confidence:.3g}%: that is how often held-out images give a threshold whose rate of false alarms stays at or below {rate:.3g}%, as long as the parts to come are of the same kind.',
     promise_average='The promise is an average: over many samples of held-out images, the rate of false alarms stays at or below {rate:.3g}%. This is one sample, and its own rate may be higher or lower.',
     promise_approximate='This threshold is an estimate that promises nothing: it aims at {rate:.3g}% false alarms, and should be checked on good images that the model has not seen.',
     false_alarms='False alarms: {k:,} of {n:,} good test images.', missed='Missed: {k:,} of {n:,} defective test images.',
@@ -311,7 +313,7 @@ CHINESE = dict(
     tag='zh-CN', title='PatchCore 异常检测报告', run='运行信息', command='命令行', date='日期', device='设备', versions='版本', settings='参数设置',
     summary='结果汇总', category='类别', mean='平均', interval='95% 置信区间', figures='指标', figure='指标', value='数值', gap='', stop='。', colon='：', back='返回汇总',
     summary_note='各项指标均在测试图像上计算，取值 0 到 1；误报率与漏检率按阈值统计。',
-    interval_note='小号数字为 95% 置信区间，由测试图像重采样一千次得到；若各次结果完全相同（例如 AP 恒为 1），则不给出区间。', limit_note='AUPRO 的假阳性率上限为 {limit:g}。',
+    interval_note='小号数字为 95% 置信区间：误报率、漏检率以及等于 1 的图像级 AUROC 按二项分布计算，其余由测试图像重采样一千次得到；若各次结果完全相同（例如 AP 恒为 1），则不给出区间。对接近 1 的指标和各项 F1max，重采样会低估不确定性，真实值往往更低。', limit_note='AUPRO 的假阳性率上限为 {limit:g}。',
     made_of='训练图像 {train:,} 张，网络输入尺寸 {h} × {w} 像素。测试图像中正常 {good:,} 张，缺陷 {defective:,} 张。',
     remembers='记忆库含 {patches:,} 个图像块特征。', remembers_of='记忆库从 {of:,} 个图像块特征中保留 {patches:,} 个。', radius='覆盖半径 {radius}。',
     figure_image_auroc='图像级 AUROC', figure_image_ap='图像级 AP', figure_image_f1max='图像级 F1max', figure_pixel_auroc='像素级 AUROC',
@@ -321,8 +323,8 @@ CHINESE = dict(
     figure_threshold='阈值', figure_map_threshold='像素阈值', figure_false_alarms='误报率', figure_missed='漏检率', figure_search_recall='近邻检索召回率',
     scores='图像异常分数', image_score='图像异常分数', images='图像数', good='正常', defective='缺陷',
     threshold='阈值', threshold_is='异常分数高于 {value} 的图像判为异常。', map_threshold_is='高于 {value} 的像素会被标出。',
-    no_threshold='该模型没有阈值：训练时未留出正常图像用于校准，因此不给出判定。',
-    promise_confidence='该阈值有置信保证：对几乎所有可能的留出样本，误报率都不超过 {rate:.3g}%，前提是今后的产品与留出图像同分布。',
+    no_threshold='该模型没有阈值：未要求设定，或可用于校准的正常图像太少，或载入的模型本身不带阈值。因此不给出判定。',
+    promise_confidence='该阈值的保证置信度为 {confidence:.3g}%：由留出图像求得的阈值以此概率使误报率不超过 {rate:.3g}%，前提是今后的产品与留出图像同分布。',
     promise_average='该阈值为平均意义上的保证：对多次留出取平均，误报率不超过 {rate:.3g}%。这里只是其中一次留出，实际误报率可能略高或略低。',
     promise_approximate='该阈值只是估计值，没有保证：以 {rate:.3g}% 的误报率为目标，使用前请在模型未见过的正常图像上验证。',
     false_alarms='误报：{n:,} 张正常测试图像中有 {k:,} 张。', missed='漏检：{n:,} 张缺陷测试图像中有 {k:,} 张。',
@@ -484,7 +486,8 @@ TEMPLATES['histogram'] = '''
 def _span(values:Sequence[float])->tuple[float,float]:
     "From the lowest to the highest value, or somewhat around the only one."
     low, high = min(values, default=0.), max(values, default=1.)
-    return (low, high) if high > low else (low-.5, low+.5)
+    around = max(.5, abs(low)/1000) # more than the last digit
+    return (low, high) if high > low else (low-around, low+around)
 
 def is_skewed(
     values:Sequence[float], # scores
@@ -744,10 +747,11 @@ def _threshold_said(s:dict, t:dict[str,str])->list[str]:
         if own: said.append(t[key].format(k=n-called if label else called, n=n))
     return said
 
-def _promise(promise:str, rate:float|None, t:dict[str,str])->str:
-    "What a threshold promises, in a sentence; itself, if it is unknown."
-    said = t.get(f'promise_{promise}')
-    return promise if said is None else '' if rate is None else said.format(rate=100*rate)
+def _promise(facts:dict, t:dict[str,str])->str:
+    "What a threshold promises, in a sentence; itself, if it is unknown; nothing, if its numbers are."
+    said, known = t.get(f"promise_{facts['promise']}"), {k: 100*facts[k] for k in ('rate', 'confidence') if facts.get(k) is not None}
+    if said is None: return facts['promise']
+    return '' if any('{'+k in said and k not in known for k in ('rate', 'confidence')) else said.format(**known)
 
 def _charts(s:dict, t:dict[str,str])->dict: # histogram, roc, pro: `<svg>`, or None
     "The charts of a category."
@@ -763,7 +767,7 @@ def _charts(s:dict, t:dict[str,str])->dict: # histogram, roc, pro: `<svg>`, or N
 # %% ../nbs/09a_report.ipynb #246a0cd1
 def _filled(s:dict, i:int, t:dict[str,str])->dict:
     "A section with all that its template asks for."
-    value, promise = s['threshold'] and s['threshold']['value'], s['threshold'] and s['threshold']['promise']
+    value = s['threshold'] and s['threshold']['value']
     scores = [v for o in s['kinds'] for v in o['scores']] + ([] if value is None else [value])
     reach, log = _span(scores), is_skewed(scores)
     said = [t['kinds_note'].format(low=number(reach[0]), high=number(reach[1])), *([t['log_note']] if log else []), *([t['line_note']] if value is not None else [])]
@@ -771,7 +775,7 @@ def _filled(s:dict, i:int, t:dict[str,str])->dict:
     seconds, peaks = ([o[k] for o in s['stages'] if o.get(k) is not None] for k in ('seconds', 'peak_mb'))
     stages = [dict(stage='', seconds=None, peak_mb=None, member=None) | o for o in s['stages']]
     return s | _charts(s, t) | dict(anchor=f'category-{i}', facts=_facts(s['model'], t), threshold_said=_threshold_said(s, t), kinds_said=said, kinds=kinds, stages=stages,
-        promise=promise and _promise(promise, s['threshold']['rate'], t), kind_columns=list(dict.fromkeys(k for o in kinds for k in o['figures'])),
+        promise=s['threshold'] and s['threshold']['promise'] and _promise(s['threshold'], t), kind_columns=list(dict.fromkeys(k for o in kinds for k in o['figures'])),
         shown=[(t[k], s['pictures'][k]) for k in ('faint', 'rings', 'hits') if s['pictures'][k]], longest=max([*seconds, 1e-9]), seconds=sum(seconds), peak=max(peaks, default=None))
 
 def _flat(value, key:str='')->list[tuple[str,str]]:

@@ -134,7 +134,7 @@ class Calibration:
     peaks:list[float]|None=None     # (n,) the highest value of each one's map, in the order of `scores`; None: no maps
     promise:str|None=None           # a key of `PROMISES`; None: too few images for a threshold
     threshold:float|None=None       # image scores above it ring
-    map_threshold:float|None=None   # if any pixel of a map is above it, its image rings
+    map_threshold:float|None=None   # pixels above it are marked, on at most as large a share of good images as may ring
 
     def __len__(self): return len(self.scores)
     def __repr__(self): return f'Calibration of {len(self)} images, {self.promise or "too few"}: threshold {self.threshold}, of maps {self.map_threshold}'

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from patchcore_nb import core, extractor, store
+from patchcore_nb import core, experiment, extractor, store
 from patchcore_nb.cli import main
 from patchcore_nb.data import make_miniature
 
@@ -110,10 +110,10 @@ def test_resume(call, tmp_path, data, monkeypatch):
     whole = broken.read_bytes()
     broken.write_bytes(whole[:2000])
     both = f'{SMALL} -d tile -d second'
-    refused(call(dataset=both), 1, '003.png', 'cannot be read')
+    refused(call('--no_report', dataset=both), 1, '003.png', 'cannot be read')
     broken.write_bytes(whole)
-    code, _, out = call('--resume', dataset=both)
-    assert code == 0 and 'resumed:  1' in out
+    code, lines, out = call('--resume', dataset=both)
+    assert code == 0 and 'resumed:  1' in out and any('mvtec_tile was done without a report' in o for o in lines)
     resumed = tmp_path/'results'/'project'/'group'/'results.csv'
     assert call(dataset=both)[0] == 0
     assert resumed.read_bytes() == (tmp_path/'results'/'project'/'group_0'/'results.csv').read_bytes()
@@ -248,6 +248,27 @@ def test_threshold_from_held_out_images(call, tmp_path):
     assert found['threshold'] > 0 and found['promise'] == 'average' and len(found['scores']) == values['learned']['n_images'] == 20
 
 
+def test_several_seeds_beside_one_in_the_backbones_name(call, tmp_path):
+    code, lines, out = call('--seed 0 --seed 1 --no_report', core=CORE.replace('resnet18', 'resnet18.seed-3'))
+    assert code == 0 and 'nan' not in out and any('which beats --seed' in o for o in lines)
+
+def test_denoise_takes_two_images(call, tmp_path):
+    refused(call(sampler='-p 0.1 --denoise 0.1 approx_greedy_coreset', path=make_miniature(tmp_path/'one', n_train=1)), 2, 'denoise', 'only one')
+    assert not (tmp_path/'results').exists()
+
+def test_false_alarms_of_good_images_alone_have_an_interval(call, tmp_path):
+    path = make_miniature(tmp_path/'more', n_train=20)
+    shutil.rmtree(path/'tile'/'test'/'spot')
+    code, _, out = call(path=path)
+    table = pd.read_csv(tmp_path/'results'/'project'/'group'/'intervals.csv', index_col='name')
+    assert code == 0 and table.value['false_alarms'] == 0 and 0 == table.low['false_alarms'] < table.high['false_alarms'] < 1
+
+def test_categories_and_kinds_keep_their_names_and_digits_in_tables(tmp_path):
+    for key in ('b', '01'): experiment._add_rows(tmp_path/'kinds.csv', key, pd.DataFrame(dict(aupro=[.1+.2, np.nan]), ['007', 'none']))
+    found = pd.read_csv(tmp_path/'kinds.csv', dtype=str, keep_default_na=False)
+    assert found.values.tolist() == [[k, *row] for k in ('b', '01') for row in (['007', '0.30000000000000004'], ['none', ''])]
+
+
 # Bad input
 
 @pytest.mark.parametrize('kw, words', [
@@ -268,7 +289,8 @@ def test_threshold_from_held_out_images(call, tmp_path):
     (dict(group='--seed 99999999999999999999'), ['seed']), (dict(core=CORE+' --weights_dir x'), ['--weights random']), (dict(core='-b filterbank -le layer2 --weights random'), ['has no weights']),
     (dict(dataset=f'--resize 16 --imagesize 16 -d tile', core=CORE+' -pa 2'), ['larger than the map of layer3']), (dict(group='--log_group='), ['log_group']), (dict(args=[]), ['RESULTS_PATH']),
     (dict(args=['results']), ['RESULTS_PATH patch_core']), (dict(args=['r', 'sampler', 'identity']), ['patch_core', 'missing']),
-    (dict(args=['r', 'patch_core_loader', '-p', 'x']), ['dataset', 'missing', 'patch_core_loader']), (dict(dataset=f'{SMALL} -d tile --no_crop'), ['--no_crop', '--imagesize']), (dict(dataset='-d tile --resize 1x2x3'), ['HEIGHTxWIDTH']), (dict(sampler='-p 0.1 preset'), ['goes with --preset', 'greedy_coreset']), (dict(core=CORE+' --target_embed_dimension few'), ['few']), (dict(core=CORE+' --smoothing -1'), ['smoothing']), (dict(group='--preset papr'), ['preset']), (dict(args=['r', 'patch_cor']), ['patch_cor'])])
+    (dict(args=['r', 'patch_core_loader', '-p', 'x']), ['dataset', 'missing', 'patch_core_loader']), (dict(dataset=f'{SMALL} -d tile --no_crop'), ['--no_crop', '--imagesize']), (dict(dataset='-d tile --resize 1x2x3'), ['HEIGHTxWIDTH']), (dict(sampler='-p 0.1 preset'), ['goes with --preset', 'greedy_coreset']), (dict(core=CORE+' --target_embed_dimension few'), ['few']), (dict(core=CORE+' --smoothing -1'), ['smoothing']), (dict(group='--preset papr'), ['preset']), (dict(args=['r', 'patch_cor']), ['patch_cor']),
+    (dict(group='--no_report --lang zh'), ['--lang', '--no_report']), (dict(core=CORE+' --reweighting_num_nn 3'), ['--patchscore reweighted']), (dict(core=CORE+' --false_alarms none --confidence .99'), ['--confidence', '--false_alarms none'])])
 def test_usage_errors(call, tmp_path, kw, words):
     refused(call(**kw), 2, *words)
     assert not (tmp_path/'results').exists()

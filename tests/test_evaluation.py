@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy.integrate import trapezoid
 from sklearn import metrics
 
 from patchcore_nb.core import ArgumentError
 from patchcore_nb.evaluation import (area, aupimo_curves, aupimo_images, aupro, aupro_regions, auroc, auroc_pairs, average_precision,
                                      counts, evaluate, f1max, no_pixel_figures, pro_curve, region_weights, roc_curve, seg_f1)
-from patchcore_nb.pixels import Tally, bin_floor, by_kind, centre_of, judge_pixels, pixel_rows, slack, to_bins
+from patchcore_nb.pixels import Tally, bin_floor, by_kind, centre_of, pixel_rows, slack, to_bins
 
 FEW = st.integers(-3, 3).map(float)                               # full of ties
 ANY = st.floats(-1e6, 1e6, allow_nan=False)
@@ -272,16 +273,13 @@ def test_rows_hold_what_a_bootstrap_needs(name):
     assert (bad*below).sum()/good.sum()/bad.sum() == pytest.approx(auroc(maps[drawn], masks[drawn]), abs=2e-3)
     assert (region*below).sum()/good.sum()/region.sum() == pytest.approx(aupro(maps[drawn], masks[drawn], 1.), abs=2e-3)
 
-def test_the_choice_between_exact_and_tally():
+def test_curves_are_those_of_the_pixels():
     maps, masks, _ = stained()
-    chunks = [(o, None) if not k.any() else (o, k) for o, k in zip(np.split(maps, 6), np.split(masks, 6))]
-    exact, none = judge_pixels(iter(chunks), maps.nbytes, 4*maps.nbytes, (.1, 1.))
-    close, bounds = judge_pixels(iter(chunks), maps.nbytes, 3*maps.nbytes, (.1, 1.))
-    want = evaluate(np.zeros(24), masks.any((1, 2)), maps, masks, (.1, 1.))
-    assert exact == {k: v for k, v in want.items() if not k.startswith('image_')} and none == {}
-    assert close != exact and close == pytest.approx(exact, abs=1e-4) and bounds['aupro_1'] < 1e-4
-    for budget in (0, 10**9):
-        with pytest.raises(ArgumentError, match='got no'): judge_pixels([], 0 if budget else 1, budget)
+    found = Tally().add(maps, masks).curves()
+    for name, of in (('pixel_roc', roc_curve), ('pro', pro_curve)):
+        x, y = found[name]
+        assert (np.diff(x) >= 0).all() and (np.diff(y) >= 0).all() and (x[0], y[0], x[-1], y[-1]) == pytest.approx((0, 0, 1, 1))
+        assert trapezoid(y, x) == pytest.approx(trapezoid(*of(maps, masks)[::-1]), abs=1e-4)
 
 
 # Kind by kind

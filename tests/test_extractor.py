@@ -151,3 +151,9 @@ def test_random_weights_go_by_their_seed(state):
     assert torch.equal(first('resnet18', 3), state['conv1.weight']) and torch.equal(first('resnet18.seed-3', 8), state['conv1.weight'])
     assert not torch.equal(first('resnet18', 4), state['conv1.weight'])
     with pytest.raises(ArgumentError, match='unknown weights'): create_backbone('resnet18', 'pretraind')
+
+def test_a_backbone_that_was_used_can_be_asked_for_gradients():
+    backbone = create_backbone('resnet18', 'random')
+    Extractor(backbone, ['layer2'])(torch.zeros(1, 3, 64, 64))
+    backbone.requires_grad_(True)(torch.zeros(1, 3, 64, 64)).sum().backward()
+    assert not any(o.is_inference() for o in backbone.parameters())

@@ -9,6 +9,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import nbformat
+import pages
 import pytest
 import readme
 import yaml
@@ -131,7 +132,7 @@ def statements(source):
 
 @each_notebook
 def test_notebook_has_a_picture(path):
-    if 'default_exp __init__' in path.read_text(encoding='utf-8'): return
+    if path.name == 'changelog.ipynb' or 'default_exp __init__' in path.read_text(encoding='utf-8'): return
     assert any(pictures(outputs) for *_, outputs in code_cells(path))
 
 @each_notebook
@@ -187,6 +188,10 @@ def test_site_configuration():
     site = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
     assert site['project']['type'] == 'website' and site['metadata-files'] == ['nbdev.yml', 'sidebar.yml']
     assert (NBS/site['format']['html']['css']).exists()
+    navbar = site['website']['navbar']
+    assert not [o['href'] for o in navbar['left']+navbar['right'] if not o['href'].startswith('https:') and not (NBS/o['href']).exists()]
+    sidebar = yaml.safe_load((NBS/'sidebar.yml').read_text(encoding='utf-8'))
+    assert not pages.misplaced(sidebar, [p.relative_to(NBS).as_posix() for p in NOTEBOOKS]), 'nbs/sidebar.yml lists each page once'
     link = NBS/'_quarto.yml'
     assert link.read_text(encoding='utf-8').strip() in ('../_quarto.yml', (ROOT/'_quarto.yml').read_text(encoding='utf-8').strip())
     for workflow in (ROOT/'.github/workflows').glob('*.yaml'): assert yaml.safe_load(workflow.read_text(encoding='utf-8'))['jobs']
@@ -196,11 +201,12 @@ def test_make_demo_runs_every_category():
     from patchcore_nb.demo import DEMO_CATEGORIES
     assert re.findall(r' -d (\S+)', (ROOT/'Makefile').read_text(encoding='utf-8')) == list(DEMO_CATEGORIES)
 
-def test_readme_is_current(monkeypatch):
+def test_documents_are_current(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert not readme.differing(readme.wanted()), 'run `make readme`'
 
-def test_readme_links_lead_somewhere():
-    text = re.sub(r'```.*?```|`[^`\n]*`', '', (ROOT/'README.md').read_text(encoding='utf-8'), flags=re.DOTALL)
+@pytest.mark.parametrize('document', readme.DOCUMENTS.values())
+def test_links_of_documents_lead_somewhere(document):
+    text = re.sub(r'```.*?```|`[^`\n]*`', '', (ROOT/document).read_text(encoding='utf-8'), flags=re.DOTALL)
     links = [m.split('#')[0] for m in re.findall(r'(?:\]\(|\b(?:src|href)=")([^)"\s]+)', text)]
     assert links and not [m for m in links if m and not re.match(r'[a-z]+:', m) and not (ROOT/m).exists()]

@@ -1,6 +1,7 @@
 "Memory budgets: the plan, the spilled bank, what is left behind, and what a run really takes."
 import dataclasses
 import errno
+import json
 import os
 import runpy
 import signal
@@ -10,14 +11,18 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from scipy.integrate import trapezoid
 
-from patchcore_nb import memory
+from patchcore_nb import experiment, memory, patchcore
 from patchcore_nb.cli import main
 from patchcore_nb.core import ArgumentError, DataError
-from patchcore_nb.data import make_miniature
+from patchcore_nb.data import load_category, make_miniature
 from patchcore_nb.demo import demo_sample
+from patchcore_nb.ensemble import Ensemble
+from patchcore_nb.intervals import is_figure
 from patchcore_nb.patchcore import PatchCore
 
 BENCH = Path(__file__).resolve().parents[1]/'benchmarks'
@@ -209,3 +214,52 @@ def test_bottle(testdata, tmp_path):
         assert found['peak'] <= min(most, 1.05*planned(found['plan'])), found # a plan says "about"
     first, second = ((tmp_path/'results'/'project'/o/'results.csv').read_bytes() for o in ('free', 'tight'))
     assert first == second
+
+
+# Maps that memory does not hold
+
+@pytest.fixture(scope='module')
+def tile(tmp_path_factory): return load_category('mvtec', make_miniature(tmp_path_factory.mktemp('tiles'), n_train=6), 'tile')
+
+def close(name): return dict(abs=1e-4) if is_figure(name) else dict(rel=1e-4) # a score is as fine as its bin
+
+@pytest.mark.parametrize('members', [1, 2])
+def test_counted_figures_are_the_exact_ones(tile, tmp_path, members):
+    "Figures, kinds and intervals with the maps in a file, against all in memory; 1e-4 is the promise for figures, and rows are coarser."
+    kw = dict(spill_dir=tmp_path, false_alarms=.3) # a rate that six images allow
+    model = Ensemble(*(small(seed=i, **kw) for i in range(members))).fit(tile) if members > 1 else small(**kw).fit(tile)
+    sorted_ = model.predict(tile.test)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(patchcore, 'too_many', lambda *args: True)
+        m.setattr(experiment, 'CHUNK', 3)
+        counted = model.predict(tile.test)
+        assert counted.counted and not sorted_.counted and torch.equal(counted.anomaly_maps, sorted_.anomaly_maps)
+        pixels = [experiment.read_pixels(o, tile.test, model.preprocess_) for o in (sorted_, counted)]
+        figures = [experiment.judge(o, tile.test, model.preprocess_, p) for o, p in zip((sorted_, counted), pixels)]
+        details = [experiment.look_closer(o, tile.test, f, p) for o, f, p in zip((sorted_, counted), figures, pixels)]
+    assert pixels[0].masks is not None and pixels[1].masks is None and pixels[1].curves
+    assert figures[0].keys() == figures[1].keys() and 'seg_f1' in figures[0]
+    for k, v in figures[0].items(): assert figures[1][k] == pytest.approx(v, **close(k), nan_ok=True), k
+    for a, b in zip(*details):
+        assert list(a.index) == list(b.index)
+        for k in a: assert b[k].tolist() == pytest.approx(a[k].tolist(), abs=5e-3, nan_ok=True), k
+    assert not list(tmp_path.iterdir()) # the files have no names
+
+def test_a_run_that_counts_writes_the_same_report(tile, tmp_path, monkeypatch):
+    runs = [experiment.run(small(false_alarms=None), [tile], tmp_path, group='sorted', pictures=True)]
+    monkeypatch.setattr(patchcore, 'too_many', lambda *args: True)
+    runs += [experiment.run(small(false_alarms=None), [tile], tmp_path, group='counted', pictures=True)]
+    names = [sorted(p.relative_to(o.folder).as_posix() for p in o.folder.rglob('*') if p.is_file()) for o in runs]
+    assert names[0] == names[1] and 'report.html' in names[0]
+    a, b = (json.loads((o.folder/'report'/f'{tile.key}.json').read_text(encoding='utf-8')) for o in runs)
+    assert a['pictures'] == b['pictures'] and a['curves']['image_roc'] == b['curves']['image_roc']
+    for k, v in a['figures'].items(): assert b['figures'][k] == pytest.approx(v, **close(k)), k
+    for k in ('pixel_roc', 'pro'): assert abs(trapezoid(*a['curves'][k][::-1])-trapezoid(*b['curves'][k][::-1])) < 5e-3
+
+def test_the_plan_says_that_pixels_are_counted():
+    many = small().plan(8, n_test=20_000)
+    assert not many.counted
+    tight = small(memory_budget='1GB').plan(8, n_test=20_000)
+    assert tight.counted and tight.peak < 10**9 and 'their pixels counted' in str(tight)
+    model = small(memory_budget='1GB').fit([demo_sample('cog', 'train', i)[0] for i in range(3)])
+    assert model.counts_maps(20_000) and not model.counts_maps(2000)

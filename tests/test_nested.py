@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from patchcore_nb import experiment
 from patchcore_nb.core import ArgumentError
 from patchcore_nb.data import Category, load_category
 from patchcore_nb.experiment import judge, sweep
@@ -94,6 +95,12 @@ def test_a_sweep_is_its_separate_runs(cog, how):
         figures = judge(m.predict(cog.test), cog.test, m.preprocess_)
         assert row.n_patches == len(m.memory_bank_)
         assert row.image_auroc == pytest.approx(figures['image_auroc'], abs=1e-6) and row.pixel_auroc == pytest.approx(figures['pixel_auroc'], abs=1e-6)
+
+def test_a_sweep_reweights_by_as_many_neighbours_as_the_model(cog, monkeypatch):
+    seen = []
+    monkeypatch.setattr(experiment, 'reweight', lambda *args, real=experiment.reweight: (seen.append(args[4]), real(*args))[1])
+    sweep(model(patch_score='reweighted', b=3), Category(cog.dataset, cog.name, cog.train[:4], cog.test[::6]), [.02])
+    assert set(seen) == {3}
 
 def test_a_sweep_judges_pixels_once_unless_asked(cog):
     table = sweep(model(), Category(cog.dataset, cog.name, cog.train[:6], cog.test[::4]), [.02, .01], [1, 2])

@@ -18,7 +18,7 @@ from patchcore_nb.data import load_category, make_miniature, read_masks
 from patchcore_nb.ensemble import Ensemble
 from patchcore_nb.evaluation import evaluate
 from patchcore_nb.patchcore import PatchCore
-from patchcore_nb.report import SIDE, TEXTS, figure_name, figure_text, render, section, texts
+from patchcore_nb.report import SIDE, TEXTS, figure_name, figure_text, render, section, svg_histogram, texts
 from patchcore_nb.thresholds import Calibration
 
 VOID = {'meta', 'img', 'br', 'hr', 'link', 'input', 'path', 'rect'}
@@ -150,7 +150,7 @@ def test_what_predictions_may_say(cog, fitted):
     model, seen, masks = fitted
     told = replace(seen, calibration=Calibration([1., 2.], None, 'confidence', 5., 77.25))
     words = Page(render([section(model, cog, told, {}, masks=masks)], HEAD, 'en')).words()
-    assert 'with confidence' in words and 'Pixels above 77.25' in words and '· p ' in words
+    assert 'with a confidence of 90%' in words and 'at or below 5%' in words and 'Pixels above 77.25' in words and '· p ' in words
     told.calibration.promise = 'one of its {own}'
     assert 'one of its {own}' in Page(render([section(model, cog, told, {}, masks=masks)], {}, 'zh')).words()
 
@@ -194,6 +194,10 @@ def test_an_ensemble(tile, lang):
     s = judged(tile, Ensemble(PatchCore('filterbank', ['layer2'], **kw), PatchCore('filterbank', ['layer3'], **kw)), suspects=pd.DataFrame([dict(image=tile.train[0].path, score=1., row=1, col=1)]))
     assert s['matches'] == [] and len(s['model']['patches']) == 2
     assert texts(lang)['matches'] not in Page(render([s], {}, lang)).words()
+
+@pytest.mark.parametrize('value', [0., 1e-30, 1e17])
+def test_scores_that_are_all_alike(value):
+    assert 'nan' not in svg_histogram({'good': [value]*3, 'defective': [value]}, value, 'threshold')
 
 def test_nothing_at_all():
     assert Page(render([], {})).words()

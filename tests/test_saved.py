@@ -221,6 +221,11 @@ def test_what_is_left_of_an_evaluation_that_dies(call, data):
     refused(call('evaluate', f'--gpu -1 judged patch_core_loader -p {run}/models/mvtec_tile -p broken dataset -d tile -d other mvtec data'), 1, 'SHA-256 differs')
     assert pd.read_csv('judged/results.csv', index_col=0).index.tolist() == ['mvtec_tile', 'Mean']
 
+def test_tables_of_an_earlier_evaluation_are_replaced(call):
+    model = [fit(call)/'models'/'mvtec_tile']
+    for o in ('tile', 'other'): evaluate_on(call, model, [o])
+    assert [set(pd.read_csv(f'judged/{o}.csv').category) for o in ('metrics', 'intervals', 'kinds')] == [{'mvtec_other', 'Mean'}, {'mvtec_other'}, {'mvtec_other'}]
+
 
 # Predict
 

@@ -1,16 +1,19 @@
-"The tools behind make: the README's generator, and the check that clean and export change nothing."
+"The tools behind make: the generator of README and its like, and the check that clean and export change nothing."
 import base64
 import subprocess
 import sys
 from pathlib import Path
 
+import links
+import look
 import nbformat
+import pages
 import pytest
 import readme
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 TOOLS = Path(readme.__file__).parent
-PNG = base64.b64encode(b'a picture').decode()
+PNG, OTHER = (base64.b64encode(o).decode() for o in (b'a picture', b'another'))
 
 
 def notebook(*cells):
@@ -47,14 +50,25 @@ def test_richest_output_that_markdown_can_show():
     with pytest.raises(ValueError, match='nbs/index.ipynb, cell 1: an output has none'): body(('x', shown(text_html='<b>')))
 
 def test_pictures_become_files():
-    text, pictures = readme.build(notebook('# T\n\n> s', ('#| echo: false\n#| fig-cap: "A: b"\nx', shown(image_png=PNG)), ('#| fig-alt: c\nx', shown(image_png=PNG))))
-    assert pictures == {'figure-1.png': b'a picture', 'figure-2.png': b'a picture'}
+    text, pictures = readme.build(notebook('# T\n\n> s', ('#| echo: false\n#| fig-cap: "A: b"\nx', shown(image_png=PNG)), ('#| fig-alt: c\nx', shown(image_png=OTHER))))
+    assert pictures == {'figure-1.png': b'a picture', 'figure-2.png': b'another'}
     assert '![A: b](nbs/images/readme/figure-1.png)\n\n*A: b*' in text and '![c](nbs/images/readme/figure-2.png)' in text
 
 def test_links_are_seen_from_the_root():
     assert body('[a](04_samplers.ipynb#x) [`b`](../LICENSE) ![c](images/c.png) [d](https://d) [e](#e) <img src="f.png">') == (
         '[a](nbs/04_samplers.ipynb#x) [`b`](LICENSE) ![c](nbs/images/c.png) [d](https://d) [e](#e) <img src="nbs/f.png">')
     assert body('`x[0](y)`\n\n```\n[x](y)\n```') == '`x[0](y)`\n\n```\n[x](y)\n```'
+
+def test_links_to_documents_lead_to_the_documents():
+    assert body('[a](index_zh.ipynb) [b](contributing.ipynb#c)') == '[a](README.zh.md) [b](CONTRIBUTING.md#c)'
+
+def test_a_picture_is_kept_once():
+    "The twin shows the README's own picture; another one gets the next number."
+    shows = lambda *pictures: notebook('# T\n\n> s', *[('#| echo: false\nx', shown(image_png=o)) for o in pictures])
+    _, pictures = readme.build(shows(PNG))
+    text, pictures = readme.build(shows(OTHER, PNG), 'index_zh.ipynb', pictures=pictures)
+    assert pictures == {'figure-1.png': b'a picture', 'figure-2.png': b'another'}
+    assert 'edit nbs/index_zh.ipynb' in text and text.index('figure-2.png') < text.index('figure-1.png')
 
 @pytest.mark.parametrize('cell, message', [
     (('#| code-fold: true\n1',), 'does not know.*code-fold'), (('1/0', new_output('error', ename='E', evalue='v', traceback=[])), 'stored an error: E: v'),
@@ -119,3 +133,67 @@ def test_execute(project):
     assert outputs() == [['2'], [], [], [], []] and 'widgets' not in nbformat.read(path, 4).metadata
     result = run('execute.py', project, '--flags', 'notest', path)
     assert result.returncode == 1 and 'ZeroDivisionError' in result.stderr
+
+
+@pytest.mark.parametrize('heading, name', [('The `k` of it', 'the-k-of-it'), ('PatchCore.fit', 'patchcore.fit'), ('`--train_val_split`', 'train_val_split'), ('`-b`, [c](d)!', 'b-c'), ('3 sizes', 'sizes'), ('运行', '运行'), ('1', 'section')])
+def test_names_of_headings(heading, name): assert links.slug(heading) == name
+
+def test_anchors():
+    nb = notebook('## Two\n\n### Two\n\n```\n# no heading\n```\n\n<a id="place"></a>', ('#| output: asis\nx', shown(text_markdown='### f\n\ntext')))
+    assert links.anchors(nb) == {'two', 'two-1', 'place', 'f'}
+
+@pytest.fixture
+def processed(tmp_path):
+    "Two processed pages, one of them in a folder, and a picture."
+    head = lambda name: nbformat.v4.new_raw_cell(f'---\ntitle: {name}\noutput-file: {name}.html\n---\n')
+    def page(path, *cells):
+        nb = notebook(*cells)
+        nb.cells.insert(0, head(Path(path).stem.split('_', 1)[-1]))
+        (tmp_path/path).parent.mkdir(exist_ok=True)
+        nbformat.write(nb, tmp_path/path)
+    page('index.ipynb', '[a](tutorials/01_first.ipynb) [b](tutorials/01_first.ipynb#here) [c](#there) `[d](no.ipynb)` ![e](p.png)\n\n## There', '[`f`](https://s/x/tutorials/first.html#f) [`g`](https://s/x/tutorials/first.html#g) [h](https://other/no.html)')
+    page('tutorials/01_first.ipynb', '## Here', '[up](../index.ipynb#there)', ('#| echo: false\n#| output: asis\nshow_doc(f)', shown(text_markdown='---\n\n[source](https://s/r.py){target="_blank"}\n\n### f\n\ntext')))
+    (tmp_path/'p.png').write_bytes(base64.b64decode(PNG))
+    (tmp_path/'sidebar.yml').write_text('website: {sidebar: {contents: [index.ipynb, {section: S, contents: [tutorials/01_first.ipynb]}]}}', encoding='utf-8')
+    return tmp_path
+
+def test_links_to_names_without_an_entry_are_taken_back(processed):
+    assert links.broken(processed, 'https://s/x') == ['index.ipynb: https://s/x/tutorials/first.html#g']
+    links.unlink(processed, 'https://s/x')
+    text = (processed/'index.ipynb').read_text(encoding='utf-8')
+    assert links.broken(processed, 'https://s/x') == [] and ' `g` ' in text and 'first.html#f' in text
+
+@pytest.mark.parametrize('link', ['no.ipynb', 'tutorials/01_first.ipynb#no', '#no', 'no.png', '../LICENSE', 'https://s/x/no.html', 'https://s/x/tutorials/first.html#no'])
+def test_broken_links_are_found(processed, link):
+    nb = nbformat.read(processed/'index.ipynb', 4)
+    nb.cells.append(new_markdown_cell(f'[x]({link})'))
+    nbformat.write(nb, processed/'index.ipynb')
+    links.unlink(processed, 'https://s/x')
+    assert links.broken(processed, 'https://s/x') == [f'index.ipynb: {link}']
+
+def test_broken_links_of_a_rendered_site(tmp_path):
+    (tmp_path/'a.html').write_text('<a id="x" href="b.html#y">1</a><a href="#x">2</a><img src="no.png"><a href="b.html?q=1">3</a><a href="https://o/n">4</a><a href="b.html#z">5</a>', encoding='utf-8')
+    (tmp_path/'b.html').write_text('<h1 id="y">1</h1>', encoding='utf-8')
+    assert links.broken_html(tmp_path) == ['a.html: no.png', 'a.html: b.html#z']
+
+def test_the_table_of_contents():
+    contents = {'website': {'sidebar': {'contents': ['index.ipynb', {'section': 'S', 'contents': ['a.ipynb', {'text': 'B', 'href': 'b.ipynb'}, 'a.ipynb']}]}}}
+    assert pages.listed(contents['website']['sidebar']['contents']) == ['index.ipynb', 'a.ipynb', 'b.ipynb', 'a.ipynb']
+    assert pages.misplaced(contents, ['index.ipynb', 'a.ipynb', 'c.ipynb']) == ['c.ipynb is not in it', 'b.ipynb is not there', 'a.ipynb is in it 2 times']
+
+def test_pages_for_sphinx(processed, tmp_path_factory):
+    "Named as on the site, with links that follow, a title, and a table of contents on the first."
+    links.unlink(processed, 'https://s/x')
+    source = tmp_path_factory.mktemp('source')
+    look.write_source(processed, source, 'https://s/x')
+    index, first = ('\n'.join(c.source for c in nbformat.read(source/o, 4).cells) for o in ('index.ipynb', 'tutorials/first.ipynb'))
+    assert index.startswith('# index') and '(tutorials/first.ipynb#here)' in index and '[`f`](tutorials/first.ipynb#f)' in index and ':caption: S\n\ntutorials/first.ipynb' in index
+    assert '(../index.ipynb#there)' in first and '### f' in first and 'show_doc' not in first and 'target=' not in first
+    assert (source/'p.png').exists()
+
+def test_sphinx_renders_what_quarto_would(processed, tmp_path_factory):
+    for o in ('sphinx', 'myst_nb', 'sphinx_book_theme', 'latex2mathml'): pytest.importorskip(o, reason="pip install -e '.[docs]'")
+    links.unlink(processed, 'https://s/x')
+    out = tmp_path_factory.mktemp('site')/'docs'
+    look.render(processed, out, 'T', 'https://s/x', 'https://github.com/a/b')
+    assert (out/'tutorials/first.html').exists() and links.broken_html(out) == []

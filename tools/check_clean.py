@@ -1,4 +1,4 @@
-"""Check that nbdev_clean, nbdev_export and the README's generator have nothing left to do.
+"""Check that nbdev_clean, nbdev_export and the generator of README, CONTRIBUTING and CHANGELOG have nothing left to do.
 
 They are run, and what they change is listed; it stays changed: look at the difference and commit it.
 nbdev_clean only warns where it fails, so its warnings count as failures here.
@@ -17,9 +17,9 @@ from nbdev.doclinks import nbdev_export
 def held(
     root:Path, # the project's root
 )->dict[str,str]: # path, relative to the root -> SHA-256 of what it holds
-    "What clean, export and the README's generator may touch."
+    "What clean, export and the documents' generator may touch."
     cfg = get_config()
-    found = [*cfg.nbs_path.rglob('*.ipynb'), *(cfg.nbs_path/readme.PICTURES).glob('*'), *cfg.lib_path.rglob('*'), root/'README.md']
+    found = [*cfg.nbs_path.rglob('*.ipynb'), *(cfg.nbs_path/readme.PICTURES).glob('*'), *cfg.lib_path.rglob('*'), *(root/o for o in readme.DOCUMENTS.values())]
     kept = [p for p in found if p.is_file() and not {'__pycache__', '.ipynb_checkpoints'} & set(p.parts)]
     return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in kept}
 
@@ -27,7 +27,7 @@ def held(
 def changes(
     root:Path, # the project's root
 )->list[str]: # the files that were changed, made or removed, relative to the root
-    "Run clean, export and the README's generator, and compare before with after."
+    "Run clean, export and the documents' generator, and compare before with after."
     before = held(root)
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
@@ -42,4 +42,4 @@ if __name__ == '__main__':
     if changed := changes(get_config().config_path):
         sys.exit('\n  '.join(['These files are not as nbdev_clean, nbdev_export and tools/readme.py leave them:', *changed])
                  + '\nThey are now: look at the difference, and commit it.')
-    print('Clean, export and the README: nothing to change.')
+    print('Clean, export and documents: nothing to change.')

@@ -1,7 +1,7 @@
-"""Write README.md, and the pictures it shows, from nbs/index.ipynb; `--check` writes nothing and says what differs.
+"""Write README.md, its Chinese twin, CONTRIBUTING.md and CHANGELOG.md, and the pictures they show, from notebooks; `--check` writes nothing and says what differs.
 
-nbdev's own command for this needs Quarto; this one does not, so the README is the same bytes with and without it.
-The notebook's stored outputs are shown as they are: nothing is executed here.
+nbdev's own commands for this need Quarto; this one does not, so the files are the same bytes with and without it.
+The notebooks' stored outputs are shown as they are: nothing is executed here.
 """
 import argparse
 import base64
@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 from nbdev.config import get_config
 
+DOCUMENTS = {'index.ipynb': 'README.md', 'index_zh.ipynb': 'README.zh.md', 'contributing.ipynb': 'CONTRIBUTING.md', 'changelog.ipynb': 'CHANGELOG.md'}
 PICTURES = 'images/readme'  # below nbs/, emptied and refilled at each run
 HIDING = {'hide', 'default_exp', 'export', 'exporti'}
 SHOWING = {'echo', 'output', 'include', 'eval', 'fig-alt', 'fig-cap'}
@@ -51,10 +52,11 @@ def from_root(
     target:str, # where a link in the notebook leads
     folder:str, # the notebooks' folder, relative to the root
 )->str: # the same place as seen from the root
-    "Rebase a relative link; leave addresses, anchors and absolute paths alone."
-    if target.startswith('attachment:'): raise ValueError(f'{target}: the README cannot show attachments: put the picture into {folder}/images')
+    "Rebase a relative link, to a document where the notebook is one; leave addresses, anchors and absolute paths alone."
+    if target.startswith('attachment:'): raise ValueError(f'{target}: a document cannot show attachments: put the picture into {folder}/images')
     if re.match(r'[a-zA-Z][\w+.-]*:|[/#]', target): return target
-    return posixpath.normpath(posixpath.join(folder, target))
+    page, mark, anchor = target.partition('#')
+    return (DOCUMENTS.get(page) or posixpath.normpath(posixpath.join(folder, page))) + mark + anchor
 
 
 def prose(
@@ -69,13 +71,14 @@ def prose(
 
 
 class Page:
-    "README.md while it is put together: `blocks` of Markdown, `pictures` by file name."
-    def __init__(self, folder): self.folder,self.blocks,self.pictures = folder,[],{}
+    "A document while it is put together: `blocks` of Markdown, `pictures` by file name, those of earlier documents among them."
+    def __init__(self, folder, pictures): self.folder,self.blocks,self.pictures = folder,[],pictures
 
     def picture(self, data, marks):
-        "Keep a PNG output, and show it by its path."
-        name = f'figure-{len(self.pictures) + 1}.png'
-        self.pictures[name] = base64.b64decode(data)
+        "Keep a PNG output, once, and show it by its path."
+        picture = base64.b64decode(data)
+        name = next((k for k, v in self.pictures.items() if v == picture), f'figure-{len(self.pictures) + 1}.png')
+        self.pictures[name] = picture
         caption = marks.get('fig-cap')
         self.blocks.append(f"![{marks.get('fig-alt') or caption or ''}]({self.folder}/{PICTURES}/{name})")
         if caption: self.blocks.append(f'*{caption}*')
@@ -94,7 +97,7 @@ class Page:
     def code(self, cell):
         "Show a code cell and its outputs as its directives ask."
         marks, source = directives(joined(cell['source']))
-        if unknown := marks.keys() - HIDING - SHOWING: raise ValueError(f'directives that the README does not know: {sorted(unknown)}')
+        if unknown := marks.keys() - HIDING - SHOWING: raise ValueError(f'directives that a document does not know: {sorted(unknown)}')
         if HIDING & marks.keys() or marks.get('include') is False: return
         if source.strip() and marks.get('echo') is not False: self.blocks.append(fence(source, 'python'))
         if marks.get('output') is False: return
@@ -105,9 +108,10 @@ def build(
     nb:dict,                # a notebook's JSON
     name:str='index.ipynb', # its file name
     folder:str='nbs',       # the notebooks' folder, relative to the root
-)->tuple[str,dict[str,bytes]]: # the text of README.md; file name -> bytes of each picture
-    "Turn a notebook with its stored outputs into a README."
-    page = Page(folder)
+    pictures:dict[str,bytes]=None, # of the documents before this one
+)->tuple[str,dict[str,bytes]]: # the document's text; file name -> bytes of each picture, those given among them
+    "Turn a notebook with its stored outputs into a document."
+    page = Page(folder, dict(pictures or {}))
     for i, cell in enumerate(nb['cells']):
         try:
             if cell['cell_type'] == 'markdown': page.blocks.append(prose(joined(cell['source']), folder))
@@ -117,19 +121,23 @@ def build(
     return '\n\n'.join(b for b in page.blocks if b) + '\n', page.pictures
 
 
-def wanted()->dict[Path,bytes]: # each file that the README consists of -> what it should hold
-    "README.md and its pictures, as the notebook has them now."
+def wanted()->dict[Path,bytes]: # each file that is written -> what it should hold
+    "The documents and their pictures, as the notebooks have them now."
     cfg = get_config()
     folder = cfg.nbs_path.relative_to(cfg.config_path).as_posix()
-    nb = json.loads((cfg.nbs_path/cfg.readme_nb).read_text(encoding='utf-8'))
-    text, pictures = build(nb, cfg.readme_nb, folder)
-    return {cfg.config_path/'README.md': text.encode(), **{cfg.nbs_path/PICTURES/k: v for k, v in pictures.items()}}
+    files, pictures = {}, {}
+    for name, document in DOCUMENTS.items():
+        if not (cfg.nbs_path/name).exists(): continue
+        nb = json.loads((cfg.nbs_path/name).read_text(encoding='utf-8'))
+        text, pictures = build(nb, name, folder, pictures)
+        files[cfg.config_path/document] = text.encode()
+    return files | {cfg.nbs_path/PICTURES/k: v for k, v in pictures.items()}
 
 
 def differing(
     files:dict[Path,bytes], # what each file should hold
 )->list[Path]: # those that hold something else, are not there, or should not be there
-    "Compare the README on disk with the one wanted; line ends do not count."
+    "Compare the documents on disk with those wanted; line ends do not count."
     def held(path): return path.read_bytes().replace(b'\r\n', b'\n') if path.suffix == '.md' else path.read_bytes()
     stale = set((get_config().nbs_path/PICTURES).glob('*')) - files.keys()
     return sorted(stale | {p for p, data in files.items() if not p.exists() or held(p) != data})
@@ -138,7 +146,7 @@ def differing(
 def write(
     files:dict[Path,bytes], # what each file should hold
 )->list[Path]: # the files that changed
-    "Bring the README on disk up to date, and remove pictures that it no longer shows."
+    "Bring the documents on disk up to date, and remove pictures that none shows any more."
     changed = differing(files)
     for path in changed:
         if path not in files: path.unlink()
@@ -149,10 +157,10 @@ def write(
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description='Write README.md and its pictures from nbs/index.ipynb.')
-    parser.add_argument('--check', action='store_true', help='write nothing; exit 1 if the README is not current')
+    parser = argparse.ArgumentParser(description=f"Write {', '.join(DOCUMENTS.values())} and their pictures from the notebooks in nbs/.")
+    parser.add_argument('--check', action='store_true', help='write nothing; exit 1 if a document is not current')
     check = parser.parse_args().check
     root = get_config().config_path
     paths = [p.relative_to(root).as_posix() for p in (differing if check else write)(wanted())]
-    if check and paths: sys.exit(f"The README is not current: {', '.join(paths)}. Run `make readme` (python tools/readme.py).")
-    print('README: ' + (', '.join(paths) or 'nothing to change'))
+    if check and paths: sys.exit(f"Not as their notebooks have them: {', '.join(paths)}. Run `make readme` (python tools/readme.py).")
+    print('Documents: ' + (', '.join(paths) or 'nothing to change'))
