@@ -33,11 +33,15 @@ _WHERE = {
     'plots': '',
     'report': '',
     'experiment': 'run sweep',
+    'explore': '',
+    'playground': '',
+    'verdicts': '',
+    'widgets': 'coreset_playground explorer feature_lab labeller why',
     'cli': '',
     'saved': '',
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names.split()}
-__all__ = list(_MODULE)
+__all__ = [name for name, module in _MODULE.items() if module != 'widgets'] # which a star does not ask for
 
 # %% ../nbs/00a_front.ipynb #79c1dc1b
 def __getattr__(name):

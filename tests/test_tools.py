@@ -122,6 +122,18 @@ def test_readme_check_writes_nothing(project):
     assert run('readme.py', project).returncode == 0 and run('readme.py', project, '--check').returncode == 0
     assert not stale.exists() and (project/'nbs/images/readme/figure-1.png').read_bytes() == b'a picture'
 
+def test_execute(project):
+    "Flagged cells are passed over unless their flag is named, outputs are stored, views of widgets are not."
+    path = project/'nbs/01_runs.ipynb'
+    def sources(*cells): nbformat.write(notebook('# Runs\n\n> s', *[(o,) for o in cells]), path)
+    def outputs(): return [[o.get('data', {}).get('text/plain') for o in c.outputs] for c in nbformat.read(path, 4).cells[1:]]
+    sources('1 + 1', '#| notest\n1/0', '#| eval: false\n1/0', 'import ipywidgets', 'ipywidgets.IntSlider()')
+    result = run('execute.py', project, path)
+    assert result.returncode == 0 and '2 cells passed over' in result.stdout, result.stderr
+    assert outputs() == [['2'], [], [], [], []] and 'widgets' not in nbformat.read(path, 4).metadata
+    result = run('execute.py', project, '--flags', 'notest', path)
+    assert result.returncode == 1 and 'ZeroDivisionError' in result.stderr
+
 
 @pytest.mark.parametrize('heading, name', [('The `k` of it', 'the-k-of-it'), ('PatchCore.fit', 'patchcore.fit'), ('`--train_val_split`', 'train_val_split'), ('`-b`, [c](d)!', 'b-c'), ('3 sizes', 'sizes'), ('运行', '运行'), ('1', 'section')])
 def test_names_of_headings(heading, name): assert links.slug(heading) == name
