@@ -94,8 +94,8 @@ def _image_steps(weights:np.ndarray, scores:np.ndarray, labels:np.ndarray)->tupl
     return good, bad
 
 def _check_rows(rows, labels:np.ndarray)->list[np.ndarray]:
-    "Rows as float64, one of each kind for each image."
-    rows = [_finite(o, 'rows').astype(np.float64) for o in rows]
+    "Rows of each kind, one for each image."
+    rows = [o if isinstance(o, np.ndarray) and o.dtype.kind in 'iu' and o.size else _finite(o, 'rows') for o in rows]
     shapes = [o.shape for o in rows]
     if len(rows) != 3 or len({*shapes}) != 1 or len(shapes[0]) != 2 or len(rows[0]) != len(labels):
         raise ArgumentError(f'rows must be three of shape ({len(labels)}, bins), of good pixels, defective pixels and region weights, got {shapes}: count the maps of these images')
@@ -104,10 +104,20 @@ def _check_rows(rows, labels:np.ndarray)->list[np.ndarray]:
         raise ArgumentError(f'rows of good images must have no defective pixels, got {wrong.size} that do, the first at {wrong[0]}: are rows in the order of labels?')
     return rows
 
+def _joined(rows:list[np.ndarray])->list[np.ndarray]:
+    "The same figures from fewer bins: between two that hold defective pixels, those that hold good ones alone become one."
+    busy = rows[1].any(0)
+    starts = np.flatnonzero(np.append(True, busy[1:] | busy[:-1]))
+    return [np.add.reduceat(o, starts, axis=1) for o in rows]
+
+def _summed(weights:np.ndarray, rows:np.ndarray)->np.ndarray: # (n, K) float64
+    "Sums over resamples; rows become float64 here and for this long, since they are most of the memory."
+    return weights @ rows.astype(np.float64, copy=False)
+
 def _pimo_part(weights:np.ndarray, rows:list[np.ndarray], labels:np.ndarray)->np.ndarray: # (n,)
     "AUPIMO of some resamples: each image's share of defective pixels in a bin, times what is left of the budget there."
     defect = rows[1].any(1)
-    clean = (weights[:, ~labels] @ rows[0][~labels]).cumsum(1)                # (n, K) pixels of good images in a bin or above
+    clean = _summed(weights[:, ~labels], rows[0][~labels]).cumsum(1)           # (n, K) pixels of good images in a bin or above
     shares = weights[:, defect] @ (rows[1][defect]/rows[1][defect].sum(1, keepdims=True))
     with np.errstate(invalid='ignore'):
         rates = clean/clean[:, -1:]
@@ -117,8 +127,8 @@ def _pimo_part(weights:np.ndarray, rows:list[np.ndarray], labels:np.ndarray)->np
 def _pixel_part(weights:np.ndarray, rows:list[np.ndarray], labels:np.ndarray, limits:Sequence[float])->dict[str,np.ndarray]:
     "Pixel figures of some resamples."
     weights, defect = weights.astype(np.float64), rows[1].any(1)
-    good, bad, region = (weights @ o for o in rows)                           # (n, K)
-    among = weights[:, defect] @ rows[0][defect]                              # (n, K) good pixels beside a defect
+    good, bad, region = (_summed(weights, o) for o in rows)                   # (n, K)
+    among = _summed(weights[:, defect], rows[0][defect])                      # (n, K) good pixels beside a defect
     figures = dict(pixel_auroc=areas(good, bad), pixel_ap=precision_areas(good, bad), pixel_f1max=best_f1s(good, bad))
     figures |= {name: areas(good, region, o) for name, o in aupro_names(limits).items()}
     return figures | dict(aupimo=_pimo_part(weights, rows, labels), anomaly_pixel_auroc=areas(among, bad), anomaly_pixel_ap=precision_areas(among, bad),
@@ -143,7 +153,7 @@ def resampled_figures(
     steps = _image_steps(weights, scores, labels)
     figures = dict(image_auroc=areas(*steps), image_ap=precision_areas(*steps), image_f1max=best_f1s(*steps))
     if rows is None: return figures
-    rows = _check_rows(rows, labels)
+    rows = _joined(_check_rows(rows, labels))
     parts = np.array_split(weights, ceil(weights.shape[0]*rows[0].shape[1]/300_000)) # what fits into a cache
     parts = [_pixel_part(o, rows, labels, limits) for o in parts]
     figures |= {k: np.concatenate([o[k] for o in parts]) for k in parts[0]}
