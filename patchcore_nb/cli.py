@@ -379,6 +379,7 @@ def complain(
     "Print one line for an error; its exit status."
     text = e.format_message() if isinstance(e, click.ClickException) else str(e)
     if text == 'Missing command.': text = 'nothing to do: RESULTS_PATH patch_core [...] sampler [...] dataset [...]'
+    if isinstance(e, click.NoSuchOption) and e.option_name == '--log_online': text = "--log_online is in the reference's README, but its program does not know it, and neither does this one: leave it out"
     if isinstance(e, (MemoryError, torch.cuda.OutOfMemoryError)) or 'not enough memory' in text:
         text = f'out of memory ({why(e)[:120]}): pass a smaller --batch_size or -p, fewer images, or --gpu -1'
     elif not isinstance(e, (click.ClickException, PatchCoreError)):

@@ -6,7 +6,8 @@
 __all__ = ['CHUNK', 'REFERENCE_COLUMNS', 'METRICS', 'SETTINGS', 'INTERVALS', 'KINDS', 'JPEG', 'SECTIONS', 'REPORT', 'Pixels',
            'read_pixels', 'judge', 'at_threshold', 'Details', 'look_closer', 'with_mean', 'write_results', 'run_folder',
            'settings_of', 'find_unfinished', 'picture_name', 'save_pictures', 'write_scores', 'Run', 'Outputs',
-           'write_report', 'search_recall', 'run', 'reseeded', 'run_seeds', 'judge_saved', 'Nested', 'sweep']
+           'find_suspects', 'write_report', 'search_recall', 'run', 'reseeded', 'run_seeds', 'judge_saved', 'Nested',
+           'sweep']
 
 # %% ../nbs/10_experiment.ipynb #cb7a637d
 import hashlib, itertools, json, os, sys, time, warnings
@@ -331,6 +332,8 @@ def _report(model:PatchCore|Ensemble, category:Category, folder:Path, pictures:P
     prediction, figures, pixels, details = _predict(model, category, folder, log)
     if pictures:
         with stage(log, 'pictures'): save_pictures(prediction, category.test, model.preprocess_, pictures, _members(model)[0].show)
+    if (suspects := find_suspects(model, category)) is not None:
+        with replacing(make_folder(folder/'suspects')/f'{category.key}.csv') as temp: suspects.to_csv(temp, index=False, lineterminator='\n', encoding='utf-8')
     if outputs.report: _write_section(folder, model, category, prediction, figures, pixels, details, stages+[o._asdict() for o in log])
     return figures
 
@@ -346,12 +349,18 @@ def _one_category(model:PatchCore|Ensemble, category:Category, folder:Path, outp
 # %% ../nbs/10_experiment.ipynb #c3c911e8
 SECTIONS, REPORT = 'report', 'report.html'
 
+def find_suspects(
+    model:PatchCore|Ensemble, # fitted
+    category:Category,        # what it was fitted on
+)->pd.DataFrame|None: # image (path), score, row, col, as `PatchCore.suspects`; None: not known, since images were held out
+    "Training images by what the others make of them; of an ensemble, by its first member."
+    first = _members(model)[0]
+    if first.left_out_ is None or not category.train: return None
+    return first.suspects().assign(image=lambda t: [category.train[i].path.as_posix() for i in t.image])
+
 def _write_section(folder:Path, model:PatchCore|Ensemble, category:Category, prediction:Prediction, figures:dict, pixels:Pixels, details:Details, stages:list):
     "Keep what the report says of a category."
-    first = _members(model)[0]
-    known = first.left_out_ is not None and category.train
-    suspects = first.suspects().assign(image=lambda t: [str(category.train[i].path) for i in t.image]) if known else None
-    found = section(model, category, prediction, figures, masks=pixels.masks, curves=pixels.curves, intervals=details.intervals, kinds=details.kinds.reindex(columns=['image_auroc', 'pixel_auroc', 'pixel_ap', 'aupro', 'aupimo']).dropna(axis=1, how='all'), suspects=suspects, stages=stages)
+    found = section(model, category, prediction, figures, masks=pixels.masks, curves=pixels.curves, intervals=details.intervals, kinds=details.kinds.reindex(columns=['image_auroc', 'pixel_auroc', 'pixel_ap', 'aupro', 'aupimo']).dropna(axis=1, how='all'), suspects=find_suspects(model, category), stages=stages)
     with replacing(make_folder(folder/SECTIONS)/f'{category.key}.json') as temp: temp.write_text(json.dumps(found, allow_nan=False), encoding='utf-8')
 
 def write_report(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['resamples', 'is_figure', 'naive_figures', 'areas', 'precision_areas', 'best_f1s', 'resampled_figures',
-           'by_kind_of_rows', 'perfect_auroc_bound', 'share_interval', 'bootstrap', 'compare', 'over_seeds']
+           'by_kind_of_rows', 'perfect_auroc_bound', 'auroc_variance', 'auroc_interval', 'share_interval', 'bootstrap',
+           'compare', 'over_seeds']
 
 # %% ../nbs/06b_intervals.ipynb #37cf6841
 from collections.abc import Sequence
@@ -12,10 +13,11 @@ from math import ceil
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
+from scipy.special import expit, logit
+from scipy.stats import binomtest, norm
 
 from .core import ArgumentError
-from .evaluation import LIMITS, _checked, _finite, aupro_names, evaluate, room_between
+from .evaluation import LIMITS, _checked, _finite, aupro_names, auroc, evaluate, room_between
 from .pixels import GOOD_KIND
 
 # %% ../nbs/06b_intervals.ipynb #79ba0dc2
@@ -181,23 +183,52 @@ def perfect_auroc_bound(
     level:float=.95, # of the two-sided interval, in (0, 1)
 )->float: # in (0, 1); the upper end is 1
     "The lower end for an AUROC of which the test set says 1."
-    if not 0 < level < 1: raise ArgumentError(f'level must be in (0, 1), got {level}: pass 0.95')
+    _check_level(level)
     if min(n_good, n_bad) < 1: raise ArgumentError(f'n_good and n_bad must be at least 1, got {n_good} and {n_bad}: an AUROC takes both kinds')
     return float(((1-level)/2)**(1/min(n_good, n_bad)))
 
+def _check_level(level:float):
+    if not 0 < level < 1: raise ArgumentError(f'level must be in (0, 1), got {level}: pass 0.95')
+
+def auroc_variance(
+    scores:np.ndarray, # (B,) of at least two images of each kind, else NaN
+    labels:np.ndarray, # (B,) bool, True = defective
+)->float: # of their AUROC
+    "DeLong's variance of an AUROC."
+    bad, good = np.sort(scores[labels]), np.sort(scores[~labels])
+    if min(bad.size, good.size) < 2: return float('nan')
+    ranks = lambda own, other: (np.searchsorted(other, own, 'left')+np.searchsorted(other, own, 'right'))/2/other.size
+    return float(ranks(bad, good).var(ddof=1)/bad.size+ranks(good, bad).var(ddof=1)/good.size)
+
+def auroc_interval(
+    scores,          # (B,) higher = more anomalous
+    labels,          # (B,) True = defective
+    level:float=.95, # in (0, 1)
+)->tuple[float,float]: # in [0, 1]; NaN without both kinds, or where nothing varies and nothing is in order
+    "The interval of an image AUROC, by its variance on the logit scale, or by the bound if all images are in order, or none is."
+    _check_level(level)
+    scores, labels = _checked(scores, labels)
+    value = auroc(scores, labels)
+    if value in (0, 1):
+        bound = perfect_auroc_bound((~labels).sum(), labels.sum(), level)
+        return (bound, 1.) if value else (0., 1-bound)
+    deviation = auroc_variance(scores, labels)**.5/(value*(1-value))
+    return tuple(float(expit(logit(value)+o*deviation)) for o in norm.ppf([(1-level)/2, (1+level)/2])) if deviation > 0 else (float('nan'), float('nan'))
+
+# %% ../nbs/06b_intervals.ipynb #f32d6742
 def share_interval(
     n_hits:int,      # how many
     n:int,           # of how many, at least n_hits; 0: nothing is known
     level:float=.95, # in (0, 1)
 )->tuple[float,float]: # in [0, 1]; NaN where nothing is known
     "Clopper and Pearson's interval for a share."
-    if not 0 < level < 1: raise ArgumentError(f'level must be in (0, 1), got {level}: pass 0.95')
+    _check_level(level)
     if not 0 <= n_hits <= n: raise ArgumentError(f'n_hits must be from 0 to n = {n}, got {n_hits}: count again')
     return tuple(binomtest(int(n_hits), int(n)).proportion_ci(level)) if n else (float('nan'), float('nan'))
 
 def _interval(values:np.ndarray, level:float)->tuple[float,float]:
     "Percentiles of a figure over resamples; NaN where they are all alike or there are none."
-    if not 0 < level < 1: raise ArgumentError(f'level must be in (0, 1), got {level}: pass 0.95')
+    _check_level(level)
     values = values[~np.isnan(values)]
     if not values.size or np.ptp(values) < 1e-12: return float('nan'), float('nan')
     return tuple(np.quantile(values, [(1-level)/2, (1+level)/2]))
@@ -212,12 +243,12 @@ def bootstrap(
     limits:Sequence[float]=LIMITS,       # false positive rates up to which AUPRO is taken, in (0, 1]
     marks:Sequence[np.ndarray]|None=None, # for `seg_f1`, as `resampled_figures` takes them; default: no such figure
 )->pd.DataFrame: # index figure; columns value, low, high; NaN where there is no figure, or no resample differs from another
-    "Each figure with its interval over test sets like this one."
+    "Each figure with its interval over test sets like this one: the image AUROC's by formula, the others' from resamples."
     scores, labels = _checked(image_scores, labels, ('image_scores', 'labels'))
     weights = np.concatenate([np.ones((1, scores.size), np.int64), resamples(labels, n, seed)]) # (1+n, B), the test set itself first
     figures = resampled_figures(weights, scores, labels, rows, limits, marks)
     table = pd.DataFrame({k: (v[0], *_interval(v[1:], level)) for k, v in figures.items()}, ['value', 'low', 'high']).T.rename_axis('figure')
-    if table.value['image_auroc'] == 1: table.loc['image_auroc', ['low', 'high']] = perfect_auroc_bound((~labels).sum(), labels.sum(), level), 1.
+    table.loc['image_auroc', ['low', 'high']] = auroc_interval(scores, labels, level)
     return table
 
 # %% ../nbs/06b_intervals.ipynb #27b190a1

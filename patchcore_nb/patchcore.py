@@ -642,12 +642,13 @@ def _lose_threshold(self:PatchCore, before:Calibration|None, why:str):
 # %% ../nbs/07_patchcore.ipynb #4d3edefb
 @patch
 def suspects(self:PatchCore,
-    images=None, # those that were given to `fit`, in the same order; None: what is known since the fit
+    images=None, # those that were given to `fit`, in the same order; None: what is known since the fit, which of a large memory is a hundred images
 )->pd.DataFrame: # image (its number), score, row, col (of its strangest patch), the most suspicious first
     "Training images by what the others make of them."
     if not hasattr(self, 'memory_bank_'): raise ArgumentError('this PatchCore remembers nothing yet: call fit before suspects')
     if self.origin_ is None: raise ArgumentError("suspects needs to know which image each patch came from, which the reference's files do not tell: fit again")
-    if self.left_out_ is None: self.left_out_ = self._look_back(images)
+    known = self.left_out_ is not None and len(self.left_out_.numbers)
+    if not known or images is not None and known < self.n_images_: self.left_out_ = self._look_back(images) # of a large memory, fit asks about a hundred images alone
     left, w = self.left_out_, self.grid_[1]
     at = left.patch_scores.flatten(1).argmax(1)
     table = pd.DataFrame(dict(image=left.numbers, score=left.image_scores, row=at//w, col=at%w))

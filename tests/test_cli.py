@@ -61,6 +61,8 @@ def test_files_of_a_run(call, tmp_path):
     assert lines[0] == 'Row Names,instance_auroc,full_pixel_auroc,anomaly_pixel_auroc'
     assert [o.split(',')[0] for o in lines[1:]] == ['mvtec_tile', 'Mean', '']
     assert only(home/'segmentation_images', '*.png') == [f'mvtec_tile/tile_test_{k}_{i:03}.png' for k in ('good', 'spot') for i in (0, 1)]
+    suspects = pd.read_csv(home/'suspects'/'mvtec_tile.csv')
+    assert list(suspects) == ['image', 'score', 'row', 'col'] and suspects.score.is_monotonic_decreasing and suspects.image.str.contains('/train/good/').all()
     assert str(home/'results.csv').endswith(out.split('results:')[1].split()[0]) and 'segmentation_images' in out and 'models' in out
 
 
@@ -285,7 +287,7 @@ def test_categories_and_kinds_keep_their_names_and_digits_in_tables(tmp_path):
     (dict(dataset=f'{SMALL} -d tile --imagesize 65'), ['larger than resize']),
     (dict(dataset=f'{SMALL} -d tile --train_val_split 0'), ['(0, 1]']), (dict(dataset=f'{SMALL} -d tile --train_val_split 0.01'), ['at least 1']),
     (dict(dataset=f'{SMALL} -d tile --batch_size 0'), ['batch_size']), (dict(dataset=SMALL), ['subdatasets']), (dict(dataset=f'{SMALL} -d tile -d tile'), ['twice']),
-    (dict(args='--gpu -2 results patch_core -b resnet18 -le layer2 sampler identity dataset -d a mvtec b'.split()), ['index of a device']), (dict(group='--no_such_flag'), ['no_such_flag']), (dict(group='--model_format pickle'), ['pickle']), (dict(group='--model_format ours'), ['--save_patchcore_model']),
+    (dict(args='--gpu -2 results patch_core -b resnet18 -le layer2 sampler identity dataset -d a mvtec b'.split()), ['index of a device']), (dict(group='--no_such_flag'), ['no_such_flag']), (dict(group='--log_online'), ['does not know it', 'leave it out']), (dict(group='--model_format pickle'), ['pickle']), (dict(group='--model_format ours'), ['--save_patchcore_model']),
     (dict(group='--seed 99999999999999999999'), ['seed']), (dict(core=CORE+' --weights_dir x'), ['--weights random']), (dict(core='-b filterbank -le layer2 --weights random'), ['has no weights']),
     (dict(dataset=f'--resize 16 --imagesize 16 -d tile', core=CORE+' -pa 2'), ['larger than the map of layer3']), (dict(group='--log_group='), ['log_group']), (dict(args=[]), ['RESULTS_PATH']),
     (dict(args=['results']), ['RESULTS_PATH patch_core']), (dict(args=['r', 'sampler', 'identity']), ['patch_core', 'missing']),

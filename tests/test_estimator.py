@@ -11,6 +11,7 @@ from PIL import Image
 from sklearn.base import clone
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from patchcore_nb import patchcore
 from patchcore_nb.core import ArgumentError, DataError
 from patchcore_nb.data import Category, Preprocess, Sample, load_category, make_miniature, read_masks
 from patchcore_nb.ensemble import Ensemble
@@ -307,3 +308,11 @@ def test_good_images_set_aside_by_a_dataset_set_the_threshold(tmp_path):
         warnings.simplefilter('error')
         m = model().fit(Category('x', 'y', paths[:6], [], calibration=paths[6:]))
     assert m.n_images_ == 6 and m.calibration_.promise == 'confidence' and m.calibration_ == fresh_calibration(m) and (m.predict([o.path for o in paths[6:]]).image_scores > m.threshold_).float().mean() <= .05
+
+
+def test_all_suspects_of_a_large_memory(monkeypatch):
+    "Fit judges a hundred images of a large memory; whoever hands over the images gets all."
+    monkeypatch.setattr(patchcore, 'MANY', 1)
+    images = np.random.default_rng(1).integers(0, 256, (104, 64, 64, 3), np.uint8)
+    m = model().fit(images)
+    assert [len(o) for o in (m.suspects(), m.suspects(images), m.suspects())] == [100, 104, 104]
