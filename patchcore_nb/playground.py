@@ -228,7 +228,7 @@ def judge_setting(
     near, size = neighbours(lab, *setting[:3]), feature_maps(lab, setting.backbone).model.extractor_
     pre = feature_maps(lab, setting.backbone).model.preprocess_
     def score():
-        parts = [_scores(q, d[:, :setting.k], i, setting.patch_score, lab.model.distance, near.bank, near.search, (-1, *near.grid)) for q, d, i in zip(near.queries, near.dists, near.idxs)]
+        parts = [_scores(q, d[:, :setting.k], i, setting.patch_score, lab.model.distance, lab.model.b, near.bank, near.search, (-1, *near.grid)) for q, d, i in zip(near.queries, near.dists, near.idxs)]
         return tuple(torch.cat(o) for o in zip(*parts))
     scores, grid = lab.keep('scores', setting[:5], score)
     maps = make_maps(grid, size.padded_size(pre.size), setting.smoothing, pre.size)
