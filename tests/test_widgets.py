@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from PIL import Image
 
 from patchcore_nb import Category, PatchCore, load_category
 from patchcore_nb.explore import draw_seen, exhibit, explain, layer_parts, layer_spans, outcomes, patch_at, roc_point, tally
+from patchcore_nb.plots import plot_prediction
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,6 +22,11 @@ def fresh(code:str)->list[str]:
     "What a new Python prints."
     return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
 
+def timed(f): # seconds
+    start = time.perf_counter()
+    f()
+    return time.perf_counter()-start
+
 def test_widgets_are_loaded_when_asked_for():
     watched = '*[o for o in ("torch", "numpy", "pandas", "matplotlib", "ipywidgets", "anywidget", "IPython") if o in sys.modules]'
     assert fresh(f'import sys, patchcore_nb; print({watched})') == []
@@ -27,13 +34,8 @@ def test_widgets_are_loaded_when_asked_for():
     assert fresh('import sys; from patchcore_nb import explorer, why, coreset_playground, feature_lab, labeller; print("ipywidgets" in sys.modules)') == ['True']
 
 def test_the_front_door_is_light():
-    "A second for the whole of Python and the import, on a machine that is busy; alone it is a tenth."
-    spent = []
-    for _ in range(3):
-        start = time.perf_counter()
-        fresh('import patchcore_nb')
-        spent.append(time.perf_counter()-start)
-    assert min(spent) < 1
+    "Python with the package is up before Python with NumPy alone."
+    assert min(timed(lambda: fresh('import patchcore_nb')) for _ in range(3)) < min(timed(lambda: fresh('import numpy')) for _ in range(3))
 
 def test_what_is_shown_needs_no_widgets():
     "Every computation, with ipywidgets out of reach."
@@ -83,14 +85,16 @@ def test_the_explorer_follows_the_threshold(category, fitted):
         wanted = np.asarray(draw_seen(view.shown, view.image, view.p['threshold'].value))
         assert picture.shape == wanted.shape and abs(picture.astype(int)-wanted).mean() < 4 # a JPEG of it
 
-def test_a_change_takes_less_than_a_tenth_of_a_second(category, fitted):
+def test_a_change_is_shown_at_once(category, fitted):
+    "All views worked out and written, in half the time of one matplotlib figure."
     from patchcore_nb import explorer
-    p, spent = explorer(fitted[2], category.test).view.p, []
-    for t in np.linspace(p['threshold'].min, p['threshold'].max, 21):
-        start = time.perf_counter()
-        p['threshold'].value = float(t)
-        spent.append(time.perf_counter()-start)
-    assert np.median(spent) < .1
+    p = explorer(fitted[2], category.test).view.p
+    def figure():
+        plot_prediction(fitted[2], 0)
+        plt.savefig(io.BytesIO(), format='png')
+        plt.close()
+    changes = [timed(lambda: p['threshold'].set_trait('value', float(t))) for t in np.linspace(p['threshold'].min, p['threshold'].max, 21)]
+    assert np.median(changes) < .5*np.median([timed(figure) for _ in range(5)])
 
 def test_the_strip_and_the_keys_walk_through_the_order(category, fitted):
     from patchcore_nb import explorer
