@@ -217,7 +217,7 @@ def threshold_facts(
     "What there is to say of a threshold."
     if prediction.threshold is None or not np.isfinite(prediction.threshold): return None
     return dict(value=_plain(prediction.threshold), map=_plain(prediction.map_threshold), promise=prediction.promise,
-                rate=_plain(_members(model)[0].false_alarms), confidence=_plain(_members(model)[0].confidence))
+                rate=_plain(_members(model)[0].false_alarms), confidence=_plain(_members(model)[0].confidence), n=len(prediction.calibration))
 
 def model_facts(
     model:PatchCore|Ensemble, # fitted
@@ -290,7 +290,7 @@ ENGLISH = dict(
     figure_anomaly_pixel_ap='pixel AP, defective images', figure_anomaly_pixel_f1max='pixel F1max, defective images', figure_anomaly_aupro='AUPRO, defective images',
     figure_threshold='threshold', figure_map_threshold='threshold of pixels', figure_false_alarms='false alarms', figure_missed='missed', figure_search_recall='search recall',
     scores='Image scores', image_score='image score', images='images', good='good', defective='defective',
-    threshold='Threshold', threshold_is='Images that score above {value} are called anomalous.', map_threshold_is='Pixels above {value} are marked.',
+    threshold='Threshold', threshold_is='Images that score above {value} are called anomalous.', map_threshold_is='Pixels above {value} are marked.', p_is='p is the share of {n:,} good images, and the image itself, that score as high or higher; it is as exact as the threshold, which was set by these images.',
     no_threshold='This model has no threshold: none was asked for, too few good images were at hand to set one, or the model came without. There are no verdicts.',
     promise_confidence='The promise holds with a confidence of {confidence:.3g}%: that is how often held-out images give a threshold whose rate of false alarms stays at or below {rate:.3g}%, as long as the parts to come are of the same kind.',
     promise_average='The promise is an average: over many samples of held-out images, the rate of false alarms stays at or below {rate:.3g}%. This is one sample, and its own rate may be higher or lower.',
@@ -322,7 +322,7 @@ CHINESE = dict(
     figure_anomaly_pixel_ap='像素级 AP（仅缺陷图像）', figure_anomaly_pixel_f1max='像素级 F1max（仅缺陷图像）', figure_anomaly_aupro='AUPRO（仅缺陷图像）',
     figure_threshold='阈值', figure_map_threshold='像素阈值', figure_false_alarms='误报率', figure_missed='漏检率', figure_search_recall='近邻检索召回率',
     scores='图像异常分数', image_score='图像异常分数', images='图像数', good='正常', defective='缺陷',
-    threshold='阈值', threshold_is='异常分数高于 {value} 的图像判为异常。', map_threshold_is='高于 {value} 的像素会被标出。',
+    threshold='阈值', threshold_is='异常分数高于 {value} 的图像判为异常。', map_threshold_is='高于 {value} 的像素会被标出。', p_is='p 值：在用于设定阈值的 {n:,} 张正常图像连同该图像自身中，得分不低于该图像的比例；其可靠程度与阈值相同。',
     no_threshold='该模型没有阈值：未要求设定，或可用于校准的正常图像太少，或载入的模型本身不带阈值。因此不给出判定。',
     promise_confidence='该阈值的保证置信度为 {confidence:.3g}%：由留出图像求得的阈值以此概率使误报率不超过 {rate:.3g}%，前提是今后的产品与留出图像同分布。',
     promise_average='该阈值为平均意义上的保证：对多次留出取平均，误报率不超过 {rate:.3g}%。这里只是其中一次留出，实际误报率可能略高或略低。',
@@ -745,7 +745,7 @@ def _threshold_said(s:dict, t:dict[str,str])->list[str]:
         own = [o for o in s['kinds'] if o['label'] == label]
         n, called = sum(len(o['scores']) for o in own), sum(o['called'] for o in own)
         if own: said.append(t[key].format(k=n-called if label else called, n=n))
-    return said
+    return said+([t['p_is'].format(n=s['threshold']['n'])] if s['threshold'].get('n') else [])
 
 def _promise(facts:dict, t:dict[str,str])->str:
     "What a threshold promises, in a sentence; itself, if it is unknown; nothing, if its numbers are."
