@@ -14,10 +14,11 @@ demo: $(VENV)/installed
 	$(BIN)/patchcore_nb_run --gpu -1 --seed 0 --save_patchcore_model --save_segmentation_images --log_project demo --log_group filterbank demo_results patch_core -b filterbank -le layer2 -le layer3 sampler -p 0.1 approx_greedy_coreset dataset -d denim -d sieve -d cog demo demo_data
 
 ## make test    pip install -e '.[dev]'  then python tools/check_clean.py; nbdev_test; nbdev_test --flags tutorial --path nbs/tutorials; python tools/pages.py; pytest tests
+# Notebooks run side by side, one a core; were each to take all cores besides, they would be three times as slow.
 test: $(VENV)/installed-dev
 	$(BIN)/python tools/check_clean.py
-	$(BIN)/nbdev_test
-	$(BIN)/nbdev_test --flags tutorial --path nbs/tutorials
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --flags tutorial --path nbs/tutorials
 	$(BIN)/python tools/pages.py
 	$(BIN)/python -m pytest tests
 
