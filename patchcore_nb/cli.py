@@ -189,6 +189,7 @@ def _arguments(group:dict, core:dict, sampler:dict, data:dict)->dict:
     if core['false_alarms'] is None and 'confidence' in core['given'] and core['confidence']: raise click.UsageError('--confidence is for the threshold, and --false_alarms none asks for none: pass one of them')
     given = {_NAMES.get(k, k) for part in (core, sampler, data) for k in part['given'] if k != 'name' or (part is sampler and sampler['name'] != 'preset')}
     args |= {k: v for k, v in PRESETS.get(group['preset'], {}).items() if k not in given}
+    if sampler['name'] == 'identity' and 'ratio' in given and args['ratio'] < 1: warnings.warn(f"the sampler identity keeps all patches, as the reference's does: -p {args['ratio']:g} changes nothing")
     if 'b' in given and args['patch_score'] != 'reweighted': raise click.UsageError('--reweighting_num_nn is for --patchscore reweighted: pass both or neither')
     return args
 
@@ -345,6 +346,13 @@ def _run_saved(flags:dict, group:dict):
     done = judge_saved(models, categories, folder, (lambda o: folder/'segmentation_images'/o.key) if group['save_segmentation_images'] else None, **_report_args(group))
     click.echo(show_run(done, group))
 
+def _held_out(core:dict, data:dict, seed:int)->list[Category]:
+    "The categories that the flags name, with a word if --confidence has nothing to speak of."
+    found = find_categories(seed, data)
+    if 'confidence' in core['given'] and core['confidence'] and data['train_val_split'] == 1 and not any(o.calibration for o in found):
+        warnings.warn('--confidence is for images that are held out, and there are none: the threshold is an estimate without one; pass --train_val_split 0.8')
+    return found
+
 def _fit_all(flags:dict, group:dict):
     "Fit and judge."
     core, data = flags['patch_core'], flags['dataset']
@@ -355,8 +363,8 @@ def _fit_all(flags:dict, group:dict):
     if len(set(seeds)) < len(seeds): raise click.UsageError('a seed is given twice with --seed: give each one once')
     if len(seeds) > 1 and all(split_seed(o)[1] is not None for o in core['backbone_names']): warnings.warn('each backbone has a seed in its name, which beats --seed: the runs differ at most in how images are split')
     outputs = dict(save_model=group['save_patchcore_model'], pictures=group['save_segmentation_images'], model_format=group['model_format'], resume=group['resume'], **_report_args(group))
-    if len(seeds) > 1: done = run_seeds(model, lambda seed: find_categories(seed, data), seeds, *where, **outputs)
-    else: done = run(model, find_categories(seeds[0], data), *where, **outputs)
+    if len(seeds) > 1: done = run_seeds(model, lambda seed: _held_out(core, data, seed), seeds, *where, **outputs)
+    else: done = run(model, _held_out(core, data, seeds[0]), *where, **outputs)
     click.echo(show_run(done, group, core['search']))
 
 # %% ../nbs/12_cli.ipynb #6648e1c9
@@ -379,7 +387,7 @@ def complain(
     "Print one line for an error; its exit status."
     text = e.format_message() if isinstance(e, click.ClickException) else str(e)
     if text == 'Missing command.': text = 'nothing to do: RESULTS_PATH patch_core [...] sampler [...] dataset [...]'
-    if isinstance(e, click.NoSuchOption) and e.option_name == '--log_online': text = "--log_online is in the reference's README, but its program does not know it, and neither does this one: leave it out"
+    if isinstance(e, click.NoSuchOption) and e.option_name == '--log_online': text = "--log_online is in the reference's README and sample scripts, but its program does not know it, and neither does this one: leave it out"
     if isinstance(e, (MemoryError, torch.cuda.OutOfMemoryError)) or 'not enough memory' in text:
         text = f'out of memory ({why(e)[:120]}): pass a smaller --batch_size or -p, fewer images, or --gpu -1'
     elif not isinstance(e, (click.ClickException, PatchCoreError)):

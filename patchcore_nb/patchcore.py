@@ -776,7 +776,8 @@ def partial_fit(self:PatchCore,
     rows = grow(search, bank.to(self.scorer_.bank_.device), radius).cpu()
     larger = torch.cat([self.memory_bank_, bank[rows.to(bank.device)].cpu()])
     with all_or_nothing(self):
-        self.digests_, self.held_ = self.digests_+self._digests(items, keep), [*(self.held_ or []), *(items[i] for i in held), *aside_of(images)]
+        gone = self.threshold_ is not None and self.calibration_.promise != 'approximate' and not self.held_ # a loaded model: the new ones alone would be half a calibration
+        self.digests_, self.held_ = self.digests_+self._digests(items, keep), [] if gone else [*(self.held_ or []), *(items[i] for i in held), *aside_of(images)]
         self.n_images_, self.n_patches_ = self.n_images_+len(keep), self.n_patches_+len(bank)
         self._replace(larger, torch.cat([self.origin_, self._places(rows, [first+i for i in keep])]), radius)
     return self

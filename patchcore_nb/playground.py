@@ -134,6 +134,8 @@ class Lab:
         most_k:int=9,       # the largest k that can be chosen
     ):
         if not category.train or not category.test: raise DataError(f'{category.key} must have images to learn from and test images: it has {len(category.train)} and {len(category.test)}')
+        for k, v in dict(denoise=0, augment=False, train_val_split=1, search='exact').items():
+            if model and getattr(model, k) != v: raise ArgumentError(f'a laboratory works with {k}={v!r}, got {getattr(model, k)!r}: leave it out, and try it with PatchCore')
         self.model, self.layers, self.most_k = model or PatchCore(false_alarms=None), tuple(layers), most_k
         self.train, self.test = evenly(category.train, n_train), evenly(category.test, n_test)
         self.labels, self._kept = np.array([o.label for o in self.test]), {}

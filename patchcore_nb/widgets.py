@@ -148,7 +148,16 @@ class _Explorer:
         counts = tally(self.found)
         p['counts'].value = counts_html(counts)
         if self.curve: p['roc'].value = roc_svg(self.curve, roc_point(counts), self.area)
+        self.follow()
         self.look()
+
+    def follow(self):
+        "Bring an order up to date that depends on the threshold; the image that is looked at stays, if it is still in it."
+        p, was = self.p, self.image
+        if p['order'].value not in ORDERS[2:]: return
+        self.order = in_order(self.shown, p['threshold'].value, p['order'].value)
+        at = self.order.index(was) if was in self.order else min(p['at'].value, max(0, len(self.order)-1))
+        with p['at'].hold_trait_notifications(): p['at'].max, p['at'].value = max(0, len(self.order)-1), at
 
     def look(self):
         "Show all that depends on the image."
@@ -303,6 +312,7 @@ class _Bench:
             self.table.value = tried_html(self.tried, s)
             self.scores.value = groups_svg(self.shown.scores, self.lab.labels)
             self.draw()
+        if self.error.value: self.said.value = ''
 
     def draw(self):
         "Show an image under the map of what was chosen."

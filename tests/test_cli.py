@@ -401,3 +401,11 @@ def test_the_installed_program(tmp_path):
         assert flag in done.stdout
     done = subprocess.run([program, *'r patch_core -b resnet18 -le layer2 sampler -p 0 identity dataset -d a mvtec b'.split()], capture_output=True, text=True, encoding='utf-8')
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_what_changes_nothing_is_said(call):
+    code, err, _ = call('', CORE+' --confidence .99 --false_alarms .3', sampler='-p 0.5 identity')
+    said = ' '.join(err)
+    assert code == 0 and '-p 0.5 changes nothing' in said and '--confidence is for images that are held out' in said
+    code, err, _ = call('', CORE+' --confidence .5 --false_alarms .3', dataset=f'{SMALL} -d tile --train_val_split 0.5')
+    assert code == 0 and 'held out, and there are none' not in ' '.join(err)

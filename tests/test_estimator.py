@@ -316,3 +316,13 @@ def test_all_suspects_of_a_large_memory(monkeypatch):
     images = np.random.default_rng(1).integers(0, 256, (104, 64, 64, 3), np.uint8)
     m = model().fit(images)
     assert [len(o) for o in (m.suspects(), m.suspects(images), m.suspects())] == [100, 104, 104]
+
+def test_a_loaded_model_does_not_keep_half_a_calibration(tmp_path):
+    "Its held-out images are not at hand; those of `partial_fit` alone would be another promise."
+    images = np.random.default_rng(2).integers(0, 256, (40, 64, 64, 3), np.uint8)
+    m = model(train_val_split=.5, false_alarms=.3, confidence=.9).fit(images[:24])
+    assert m.calibration_.promise == 'confidence' and len(m.calibration_) == 12
+    save(m, tmp_path/'m', 'ours')
+    again = load(tmp_path/'m', device='cpu')
+    with pytest.warns(UserWarning, match='not at hand'): again.partial_fit(images[24:])
+    assert again.threshold_ is None and len(m.partial_fit(images[24:]).calibration_) == 20

@@ -193,3 +193,23 @@ def test_an_image_that_cannot_be_read_is_said_to_be_so(tmp_path):
     assert 'b.png is not an image' in view.error.value
     view.at.value = 0
     assert view.error.value == ''
+
+def test_an_order_by_outcome_follows_the_threshold(category, fitted):
+    from patchcore_nb import explorer
+    view = explorer(fitted[2], category.test).view
+    view.p['threshold'].value = view.p['threshold'].max
+    view.p['order'].value = 'missed'
+    missed = sum(o.label for o in category.test)
+    assert len(view.order) == missed and view.p['at'].max == missed-1
+    view.p['at'].value = 3
+    image = view.image
+    view.p['threshold'].value = float(view.shown.scores[image]) # it is missed still
+    assert view.image == image and 'missed' in view.p['title'].value and all(view.found[i] == 'missed' for i in view.order)
+    view.p['threshold'].value = view.p['threshold'].min
+    assert view.order == [] and view.image is None and 'no such image' in view.p['title'].value
+
+def test_a_laboratory_refuses_what_it_would_ignore(category):
+    from patchcore_nb.core import ArgumentError
+    from patchcore_nb.playground import Lab
+    for kw in (dict(denoise=.1), dict(augment=True), dict(train_val_split=.5), dict(search='fast')):
+        with pytest.raises(ArgumentError, match='leave it out'): Lab(category, PatchCore(**kw))
