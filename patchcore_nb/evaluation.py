@@ -310,6 +310,7 @@ def log_room(
     "How much of the budget, on a logarithmic scale, is left when each defective item is found."
     return room_between(c.fp_above/c.n_good, c.fp/c.n_good, low, high) if c.n_good else np.full(len(c.gained), np.nan)
 
+# %% ../nbs/06_evaluation.ipynb #82b75921
 def image_means(
     values:np.ndarray, # (P,) one for each of the P defective pixels, image after image
     sizes:np.ndarray,  # (B,) int how many of them each image has

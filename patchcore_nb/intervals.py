@@ -106,6 +106,7 @@ def _check_rows(rows, labels:np.ndarray)->list[np.ndarray]:
         raise ArgumentError(f'rows of good images must have no defective pixels, got {wrong.size} that do, the first at {wrong[0]}: are rows in the order of labels?')
     return rows
 
+# %% ../nbs/06b_intervals.ipynb #13e1cc57
 def _joined(rows:list[np.ndarray])->list[np.ndarray]:
     "The same figures from fewer bins: between two that hold defective pixels, those that hold good ones alone become one."
     busy = rows[1].any(0)
@@ -116,6 +117,7 @@ def _summed(weights:np.ndarray, rows:np.ndarray)->np.ndarray: # (n, K) float64
     "Sums over resamples; rows become float64 here and for this long, since they are most of the memory."
     return weights @ rows.astype(np.float64, copy=False)
 
+# %% ../nbs/06b_intervals.ipynb #38c782e1
 def _pimo_part(weights:np.ndarray, rows:list[np.ndarray], labels:np.ndarray)->np.ndarray: # (n,)
     "AUPIMO of some resamples: each image's share of defective pixels in a bin, times what is left of the budget there."
     defect = rows[1].any(1)
@@ -141,6 +143,7 @@ def _seg_f1s(weights:np.ndarray, n_bad:np.ndarray, hits:np.ndarray, marked:np.nd
     bad = weights @ n_bad
     return np.where(bad > 0, 2*(weights @ hits)/np.maximum(weights @ marked+bad, 1), np.nan)
 
+# %% ../nbs/06b_intervals.ipynb #268b5312
 def resampled_figures(
     weights:np.ndarray,                 # (n, B) int, as `resamples` returns them
     image_scores,                       # (B,) higher = more anomalous

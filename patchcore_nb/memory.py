@@ -93,6 +93,7 @@ LOW = 128             # values of a projected patch
 FIGURES = 20          # bytes that exact figures take for each pixel of a test set: maps, masks, sorted copies
 COUNTED = 4*10**8     # what they take where pixels are counted as they come
 
+# %% ../nbs/00c_memory.ipynb #a18fb2d7
 @dataclass(frozen=True)
 class Load:
     "What a fit and a prediction have to carry, in numbers."
@@ -111,6 +112,7 @@ class Load:
     @property
     def memory_bank(self)->int: return self.n_kept*self.dim*4 # bytes
 
+# %% ../nbs/00c_memory.ipynb #315ae8aa
 def stages(
     load:Load,
     where:str='memory', # of the bank: "memory", "file" or "gpu"

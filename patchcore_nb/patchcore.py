@@ -534,45 +534,50 @@ class Prediction:
 
     def __len__(self): return len(self.images)
 
-    @property
-    def threshold(self)->float|None: # None: the model has none
-        "Image scores above it are called anomalous."
-        return self.calibration and self.calibration.threshold
+# %% ../nbs/07_patchcore.ipynb #f2c4c620
+@patch(as_prop=True)
+def threshold(self:Prediction)->float|None: # None: the model has none
+    "Image scores above it are called anomalous."
+    return self.calibration and self.calibration.threshold
 
-    @property
-    def map_threshold(self)->float|None: # None: the model has none
-        "Pixels above it are marked; `verdicts` do not ask it."
-        return self.calibration and self.calibration.map_threshold
+@patch(as_prop=True)
+def map_threshold(self:Prediction)->float|None: # None: the model has none
+    "Pixels above it are marked; `verdicts` do not ask it."
+    return self.calibration and self.calibration.map_threshold
 
-    @property
-    def promise(self)->str|None: # a key of `thresholds.PROMISES`, or None
-        "What the thresholds promise."
-        return self.calibration and self.calibration.promise
+@patch(as_prop=True)
+def promise(self:Prediction)->str|None: # a key of `thresholds.PROMISES`, or None
+    "What the thresholds promise."
+    return self.calibration and self.calibration.promise
 
-    @property
-    def p_values(self)->Tensor|None: # (B,) in (0, 1], or None
-        "How probable so high a score is for a good image."
-        return None if self.calibration is None else torch.from_numpy(self.calibration.p_values(self.image_scores))
+# %% ../nbs/07_patchcore.ipynb #87a39f58
+@patch(as_prop=True)
+def p_values(self:Prediction)->Tensor|None: # (B,) in (0, 1], or None
+    "How probable so high a score is for a good image."
+    return None if self.calibration is None else torch.from_numpy(self.calibration.p_values(self.image_scores))
 
-    @property
-    def regions(self)->Tensor|None: # (B, H, W) bool, or None
-        "Where the maps are above their threshold."
-        return None if self.map_threshold is None else self.anomaly_maps > self.map_threshold
+@patch(as_prop=True)
+def regions(self:Prediction)->Tensor|None: # (B, H, W) bool, or None
+    "Where the maps are above their threshold."
+    return None if self.map_threshold is None else self.anomaly_maps > self.map_threshold
 
-    @property
-    def verdicts(self)->Tensor|None: # (B,) bool, or None
-        "Which images are called anomalous."
-        return None if self.threshold is None else self.image_scores > self.threshold
+@patch(as_prop=True)
+def verdicts(self:Prediction)->Tensor|None: # (B,) bool, or None
+    "Which images are called anomalous."
+    return None if self.threshold is None else self.image_scores > self.threshold
 
-    def over_set(self)->'Prediction': # an ensemble's is another one
-        "As the reference would judge these images as one test set."
-        return self
+# %% ../nbs/07_patchcore.ipynb #6ab2b3bd
+@patch
+def over_set(self:Prediction)->Prediction: # an ensemble's is another one
+    "As the reference would judge these images as one test set."
+    return self
 
-    def original_map(self,
-        i:int, # which image, 0 <= i < B
-    )->np.ndarray: # (height, width) of the image as it was given, float32; NaN where the network saw nothing
-        "The map of one image, on the image itself."
-        return to_original(self.anomaly_maps[i], _size_of(self.images[i]), self.preprocess)
+@patch
+def original_map(self:Prediction,
+    i:int, # which image, 0 <= i < B
+)->np.ndarray: # (height, width) of the image as it was given, float32; NaN where the network saw nothing
+    "The map of one image, on the image itself."
+    return to_original(self.anomaly_maps[i], _size_of(self.images[i]), self.preprocess)
 
 # %% ../nbs/07_patchcore.ipynb #a3207218
 def empty_maps(

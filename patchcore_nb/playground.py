@@ -123,6 +123,7 @@ def evenly(
     "Some of many, evenly chosen."
     return [items[i] for i in np.linspace(0, len(items)-1, min(n, len(items))).round().astype(int)]
 
+# %% ../nbs/10b_playground.ipynb #1add9cb7
 class Lab:
     "A category, and what the stages have made of it."
     def __init__(self,

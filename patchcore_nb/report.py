@@ -483,6 +483,7 @@ TEMPLATES['histogram'] = '''
 {% endcall %}
 '''
 
+# %% ../nbs/09a_report.ipynb #b50c8dfa
 def _span(values:Sequence[float])->tuple[float,float]:
     "From the lowest to the highest value, or somewhat around the only one."
     low, high = min(values, default=0.), max(values, default=1.)
@@ -688,6 +689,7 @@ TEMPLATES['category'] = '''
 </section>
 '''
 
+# %% ../nbs/09a_report.ipynb #380561ae
 TEMPLATES['page'] = '''
 {% import 'parts' as parts with context %}
 <!DOCTYPE html>

@@ -64,6 +64,7 @@ class Verdicts:
 
     def __len__(self): return len(self.images)
 
+# %% ../nbs/10c_verdicts.ipynb #579fe495
 def _check_columns(columns:list[str], rows:list[dict], path:Path, category:str|None)->str|None: # the category of new rows
     "The category that new rows get, where a table has that column."
     if category or 'category' not in map(str.lower, columns): return category
