@@ -48,28 +48,21 @@ class Pixels(NamedTuple):
     curves:dict|None=None               # as `Tally.curves`; None: the masks are there to draw them from
 
 # %% ../nbs/10_experiment.ipynb #8369f007
-def _marks(
-    prediction:Prediction,
-    samples:Sequence[Sample],
-    preprocess:Preprocess,
-    masks:Tensor|None, # None: read a few at a time
-)->tuple[np.ndarray,np.ndarray]|None: # (B,), (B,); None without a threshold for maps
-    "Defective pixels above the maps' threshold, and all pixels above it, of each image."
-    if prediction.map_threshold is None: return None
-    found = []
-    for part in _parts(len(samples)):
-        above, true = prediction.anomaly_maps[part] > prediction.map_threshold, read_masks(samples[part], preprocess) if masks is None else masks[part]
-        found.append(torch.stack([(above & true).sum((1, 2)), above.sum((1, 2))]))
-    return tuple(torch.cat(found, 1).numpy())
-
-def _parts(n:int)->list[slice]: return [slice(i, i+CHUNK) for i in range(0, n, CHUNK)]
+def _marks(prediction:Prediction, masks:Tensor, part:slice=slice(None))->np.ndarray: # (2, b) int64
+    "Defective pixels above the maps' threshold, and all pixels above it, of each of some images; none without a threshold for maps."
+    if prediction.map_threshold is None: return np.empty((2, 0), np.int64)
+    above = prediction.anomaly_maps[part] > prediction.map_threshold
+    return torch.stack([(above & masks).sum((1, 2)), above.sum((1, 2))]).numpy()
 
 # %% ../nbs/10_experiment.ipynb #e9494d48
-def _count(seen:Prediction, samples:Sequence[Sample], preprocess:Preprocess)->Tally:
-    "Count the pixels of maps that memory does not hold."
-    tally, labels = Tally(), np.array([o.label for o in samples])
-    for part in _parts(len(samples)): tally.add(seen.anomaly_maps[part].numpy(), read_masks(samples[part], preprocess).numpy(), labels[part])
-    return tally
+def _count(prediction:Prediction, samples:Sequence[Sample], preprocess:Preprocess)->tuple[Tally,np.ndarray]: # and (2, B), as `_marks`
+    "Count the pixels of maps that memory does not hold; masks are read once, a few at a time."
+    tally, labels, seen, marks = Tally(), np.array([o.label for o in samples]), prediction.over_set(), []
+    for part in (slice(i, i+CHUNK) for i in range(0, len(samples), CHUNK)):
+        masks = read_masks(samples[part], preprocess)
+        tally.add(seen.anomaly_maps[part].numpy(), masks.numpy(), labels[part])
+        marks.append(_marks(prediction, masks, part))
+    return tally, np.concatenate(marks, 1)
 
 def read_pixels(
     prediction:Prediction,   # of the test images
@@ -82,12 +75,12 @@ def read_pixels(
         return Pixels({})
     seen, labels = prediction.over_set(), np.array([o.label for o in samples])
     if prediction.counted:
-        tally, masks = _count(seen, samples, preprocess), None
+        (tally, marks), masks = _count(prediction, samples, preprocess), None
         figures, rows, curves = tally.figures(), [*tally.rows().values()], tally.curves()
     else:
         masks, curves = read_masks(samples, preprocess), None
-        figures, rows = evaluate(seen.image_scores, labels, seen.anomaly_maps, masks), [*pixel_rows(seen.anomaly_maps, masks).values()]
-    marks = _marks(prediction, samples, preprocess, masks)
+        figures, rows, marks = evaluate(seen.image_scores, labels, seen.anomaly_maps, masks), [*pixel_rows(seen.anomaly_maps, masks).values()], _marks(prediction, masks)
+    marks = tuple(marks) if marks.size else None
     if marks: figures |= dict(seg_f1=2*marks[0].sum()/(marks[1].sum()+rows[1].sum()) if rows[1].any() else np.nan)
     return Pixels({k: v for k, v in figures.items() if not k.startswith('image_')}, rows, marks, masks, curves)
 

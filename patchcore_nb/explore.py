@@ -24,7 +24,7 @@ from .core import *
 from .data import Category, Sample, read_mask
 from .evaluation import auroc, f1max, roc_curve
 from .patchcore import PatchCore, Prediction
-from .plots import BAD, CYAN, GOOD, _data_url, _name, _table_html, colour_range, outline, overlay, patch_box, seen_square, stored_patch
+from .plots import BAD, CYAN, GOOD, _data_url, _name, _table_html, colour_range, outline, overlay, patch_box, seen_square, stored_patch, surroundings
 from .scorer import DISTANCES
 from .search import nearest_neighbours
 
@@ -353,12 +353,10 @@ def close_up(
     times:float=4,     # how many times the box is seen
 )->Image.Image: # RGB, square
     "The surroundings of a box, with a frame around it."
-    x0, y0, x1, y1 = box
-    r = min(times*max(x1-x0, y1-y0)/2, image.width/2, image.height/2) # half the side of what is shown
-    x, y = (min(max((a+b)/2, r), n-r) for a, b, n in ((x0, x1, image.width), (y0, y1, image.height)))
-    out = image.resize((side, side), Image.Resampling.BICUBIC, box=(x-r, y-r, x+r, y+r))
-    u = side/(2*r)
-    ImageDraw.Draw(out).rectangle([round((x0-x+r)*u), round((y0-y+r)*u), round((x1-x+r)*u)-1, round((y1-y+r)*u)-1], outline=CYAN, width=2)
+    region = surroundings(box, image.size, times)
+    out, u = image.resize((side, side), Image.Resampling.BICUBIC, box=region), side/(region[2]-region[0])
+    left, top, right, bottom = (round((o-p)*u) for o, p in zip(box, region[:2]*2))
+    ImageDraw.Draw(out).rectangle([left, top, right-1, bottom-1], outline=CYAN, width=2)
     return out
 
 def _img(im:Image.Image, alt:str)->str: return f'<img src="{_data_url(im)}" alt="{escape(alt)}" width="{im.width}" style="margin:0;max-width:none">'

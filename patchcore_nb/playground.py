@@ -196,9 +196,8 @@ def neighbours(
     layers = tuple(o for o in lab.layers if o in layers) # the finest first
     return lab.keep('neighbours', (backbone, layers, patchsize), lambda: _look_up(lab.model, feature_maps(lab, backbone), layers, patchsize, lab.most_k))
 
-def _look_up(wanted:PatchCore, maps:Maps, layers:tuple[str,...], patchsize:int, most_k:int)->Neighbours:
+def _look_up(m:PatchCore, maps:Maps, layers:tuple[str,...], patchsize:int, most_k:int)->Neighbours:
     "All of `neighbours` that takes time."
-    m = wanted
     to_patches = Aggregator(patchsize, m.pretrain_dim, m.target_dim, m.stride, m.more_patchsizes, m.preprocessing, m.aggregation, maps.model._seed())
     first = {o: maps.train[0][o] for o in layers}
     grid = to_patches.grid(*first[layers[0]].shape[2:])

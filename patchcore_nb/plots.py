@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INK', 'LINE', 'CYAN', 'GOOD', 'BAD', 'colour_range', 'to_colours', 'overlay', 'outline', 'draw_panel', 'seen_square',
            'plot_prediction', 'plot_scores', 'plot_roc', 'pca_plane', 'plot_bank', 'plot_radius', 'patch_box',
-           'stored_patch', 'plot_match', 'plot_suspects']
+           'stored_patch', 'surroundings', 'plot_match', 'plot_suspects']
 
 # %% ../nbs/09_plots.ipynb #a4f9f74b
 import base64, io
@@ -306,15 +306,24 @@ def stored_patch(
     turn = list(TURNS)[int(model.idxs_[j])//(model.grid_[0]*model.grid_[1])%len(TURNS)] if model.augment else 'as it is'
     return model.view(items[i], turn), i, row, col
 
+def surroundings(
+    box:tuple[float,float,float,float], # left, top, right, bottom, pixels
+    size:tuple[int,int], # (width, height) of the image
+    times:float=4,       # side of what is shown, in widths of the box
+)->tuple[float,float,float,float]: # left, top, right, bottom of a square within the image
+    "What to show of an image to see a box from near."
+    r = min(times*(box[2]-box[0])/2, *(o/2 for o in size)) # half the side
+    x, y = (min(max((a+b)/2, r), n-r) for a, b, n in zip(box[:2], box[2:], size))
+    return x-r, y-r, x+r, y+r
+
 def _framed(axs, image:Image.Image, box:tuple, colour:str, times:float=4):
     "An image with a frame around `box`, on one axes as a whole and on the other from near."
     x0, y0, x1, y1 = box
     for ax in axs:
         ax.imshow(image)
         ax.add_patch(plt.Rectangle((x0-.5, y0-.5), x1-x0, y1-y0, ec=colour, fc='none', lw=1.6))
-    r = min(times*(x1-x0)/2, image.width/2, image.height/2) # half the side of what is shown
-    x, y = (min(max((a+b)/2, r), n-r)-.5 for a, b, n in ((x0, x1, image.width), (y0, y1, image.height)))
-    axs[1].set(xlim=(x-r, x+r), ylim=(y+r, y-r))
+    left, top, right, bottom = (o-.5 for o in surroundings(box, image.size, times))
+    axs[1].set(xlim=(left, right), ylim=(bottom, top))
 
 # %% ../nbs/09_plots.ipynb #8242a369
 def plot_match(

@@ -28,7 +28,7 @@ from .data import Category, Sample, read_masks
 from .ensemble import Ensemble
 from .evaluation import counts, curve, weigh_regions
 from .patchcore import PatchCore, Prediction, as_items
-from .plots import CYAN, colour_range, outline, overlay, patch_box, stored_patch, to_colours
+from .plots import CYAN, colour_range, outline, overlay, patch_box, stored_patch, surroundings, to_colours
 
 # %% ../nbs/09a_report.ipynb #3acd7478
 def _farthest(
@@ -120,11 +120,7 @@ def framed(
     times:float|None=None, # side of what is shown, in sides of the frame; None: all of the image
 )->str: # the source of an `<img>`
     "A picture with a frame in it."
-    (w, h), region = image.size, (0, 0, *image.size)
-    if times:
-        r = min(times*(box[2]-box[0])/2, w/2, h/2) # half the side of what is shown
-        x, y = (min(max((a+b)/2, r), n-r) for a, b, n in ((box[0], box[2], w), (box[1], box[3], h)))
-        region = x-r, y-r, x+r, y+r
+    region = surroundings(box, image.size, times) if times else (0, 0, *image.size)
     size = (SIDE, SIDE) if times else _small(image.size)
     page = image.resize(size, Image.Resampling.BICUBIC, box=region)
     if box:

@@ -114,7 +114,7 @@ def _explorer_parts(shown:Exhibit)->dict[str,W.Widget]:
 class _Explorer:
     "What the Explorer remembers: the order of the images, and the place in it."
     def __init__(self, shown:Exhibit):
-        self.shown, self.p, self.start = shown, _explorer_parts(shown), first_threshold(shown)
+        self.shown, self.p, self.start, self.moving = shown, _explorer_parts(shown), first_threshold(shown), False
         both = shown.labels is not None and shown.labels.any() and not shown.labels.all()
         self.curve, self.area = (roc_curve(shown.scores, shown.labels), auroc(shown.scores, shown.labels)) if both else (None, None)
         self.arrange()
@@ -132,8 +132,14 @@ class _Explorer:
     def arrange(self):
         "Put the images into another order, and begin with the first."
         self.order = in_order(self.shown, self.p['threshold'].value, self.p['order'].value)
-        with self.p['at'].hold_trait_notifications(): self.p['at'].max, self.p['at'].value = max(0, len(self.order)-1), 0
+        self.place(0)
         self.judge()
+
+    def place(self, at:int):
+        "Stand at a place of a new order; whoever made it shows it."
+        self.moving = True
+        with self.p['at'].hold_trait_notifications(): self.p['at'].max, self.p['at'].value = max(0, len(self.order)-1), at
+        self.moving = False
 
     def step(self, by:int): self.p['at'].value = min(max(0, self.p['at'].value+by), self.p['at'].max)
 
@@ -156,11 +162,11 @@ class _Explorer:
         p, was = self.p, self.image
         if p['order'].value not in ORDERS[2:]: return
         self.order = in_order(self.shown, p['threshold'].value, p['order'].value)
-        at = self.order.index(was) if was in self.order else min(p['at'].value, max(0, len(self.order)-1))
-        with p['at'].hold_trait_notifications(): p['at'].max, p['at'].value = max(0, len(self.order)-1), at
+        self.place(self.order.index(was) if was in self.order else min(p['at'].value, max(0, len(self.order)-1)))
 
     def look(self):
         "Show all that depends on the image."
+        if self.moving: return
         p, i, t = self.p, self.image, self.p['threshold'].value
         strip, self.places = filmstrip(self.shown, self.order, p['at'].value, self.found)
         p['strip'].show(strip, 'images in order')
@@ -209,21 +215,20 @@ class _Why:
         i = self.image.value
         self.patches, self.grid = embedded(self.model, self.shown.prediction, i), self.shown.prediction.patch_scores[i]
         self.title.value = f'{self.shown.name(i)}: score <b>{self.shown.scores[i]:.4g}</b>'
-        self.strangest()
-        self.tell()
+        self.strangest(anew=True)
 
-    def strangest(self): self.go(*divmod(int(self.grid.argmax()), self.grid.shape[1]))
+    def strangest(self, anew:bool=False): self.go(*divmod(int(self.grid.argmax()), self.grid.shape[1]), anew)
 
     def step(self, key:str):
         dr, dc = dict(ArrowUp=(-1, 0), ArrowDown=(1, 0), ArrowLeft=(0, -1), ArrowRight=(0, 1))[key]
         self.go(self.row.value+dr, self.col.value+dc)
 
-    def go(self, row:int, col:int):
-        "Ask of another patch."
+    def go(self, row:int, col:int, anew:bool=False):
+        "Ask of another patch; of the same one only if its image is another."
         was, self.moving = (self.row.value, self.col.value), True
         self.row.value, self.col.value = min(max(0, row), self.row.max), min(max(0, col), self.col.max)
         self.moving = False
-        if was != (self.row.value, self.col.value): self.tell()
+        if anew or was != (self.row.value, self.col.value): self.tell()
 
     def tell(self):
         "Show why."
