@@ -23,7 +23,7 @@ from patchcore_nb.patchcore import PatchCore
 SHARES, AMOUNTS, DRAWS = (.025, .05, .1), (0., .02, .05, .1, .15), 4
 FIRST, EVERY = .1, 4 # part of the list of suspects that is looked at; pixels from one that is judged to the next
 NOISE = .005 # a loss of AUROC that another seed could bring about
-FIGURES = 'image_auroc', 'pixel_auroc'
+METRICS = 'image_auroc', 'pixel_auroc'
 
 
 class Kept(PatchCore):
@@ -78,11 +78,11 @@ def judged(
     category:Category,
     masks:Tensor,    # (B, H, W) of the test images
     settings:dict[str,np.ndarray], # name -> (B,) which test images count
-)->dict[str,dict[str,float]]: # name -> figures
+)->dict[str,dict[str,float]]: # name -> metrics
     "Image and pixel AUROC."
     seen, labels = model.predict([o.path for o in category.test]), np.array([o.label for o in category.test])
     maps, masks = seen.anomaly_maps[:, ::EVERY, ::EVERY].numpy(), masks[:, ::EVERY, ::EVERY].numpy()
-    return {name: dict(zip(FIGURES, (auroc(seen.image_scores.numpy()[of], labels[of]), auroc(maps[of], masks[of])))) for name, of in settings.items()}
+    return {name: dict(zip(METRICS, (auroc(seen.image_scores.numpy()[of], labels[of]), auroc(maps[of], masks[of])))) for name, of in settings.items()}
 
 
 def listed(
@@ -102,7 +102,7 @@ def tried(
     kw:dict,       # arguments of the model
     shares:Sequence[float], amounts:Sequence[float],
     draw:int,      # also the models' seed
-)->list[dict]: # a row for each share, amount and setting, with the figures of a model that saw good images alone
+)->list[dict]: # a row for each share, amount and setting, with the metrics of a model that saw good images alone
     "Every combination, for one draw."
     n, mixtures = len(category.test), {share: mix(category, share, draw) for share in (0., *shares)}
     settings = {'overlap': np.ones(n, bool)} | {share: ~np.isin(np.arange(n), chosen) for share, (_, chosen) in mixtures.items()}
@@ -111,10 +111,10 @@ def tried(
         known = {}
         for amount in amounts:
             model = ready(kept, known, **kw, denoise=amount, seed=draw, false_alarms=None if amount else .05).fit(train)
-            figures = judged(model, category, read_masks(category.test, model.preprocess_), settings)
-            good = good or figures
+            metrics = judged(model, category, read_masks(category.test, model.preprocess_), settings)
+            good = good or metrics
             found = np.nan if amount else listed(model, len(category.train))
-            rows += [dict(data=name, setting=setting, share=share, mixed=len(chosen), draw=draw, denoise=amount, listed=found, **figures[key], **{f'good_{k}': v for k, v in good[key].items()})
+            rows += [dict(data=name, setting=setting, share=share, mixed=len(chosen), draw=draw, denoise=amount, listed=found, **metrics[key], **{f'good_{k}': v for k, v in good[key].items()})
                      for setting, key in (('overlap', 'overlap'), ('apart', share))]
     return rows
 
@@ -122,13 +122,13 @@ def tried(
 def regained(
     table:pd.DataFrame, # what `tried` returned
     by:list[str],       # columns whose values are told apart
-)->pd.DataFrame: # of both figures: lost, back, and as a part of what was lost; no part of a loss that may be noise
+)->pd.DataFrame: # of both metrics: lost, back, and as a part of what was lost; no part of a loss that may be noise
     "What the images mixed in cost, and what `denoise` wins back of it, over all draws."
     base = [o for o in table if o in ('data', 'setting', 'share', 'draw')]
-    table = table[table.share > 0].merge(table[table.denoise == 0][base+[*FIGURES]], on=base, suffixes=('', '_mixed'))
-    for o in FIGURES: table = table.assign(**{f'lost_{o}': table[f'good_{o}']-table[f'{o}_mixed'], f'back_{o}': table[o]-table[f'{o}_mixed']})
-    means = table.groupby(by, sort=False)[[f'{k}_{o}' for o in FIGURES for k in ('lost', 'back')]].mean().reset_index()
-    for o in FIGURES: means[f'regained_{o}'] = (means[f'back_{o}']/means[f'lost_{o}']).where(means[f'lost_{o}'] > NOISE)
+    table = table[table.share > 0].merge(table[table.denoise == 0][base+[*METRICS]], on=base, suffixes=('', '_mixed'))
+    for o in METRICS: table = table.assign(**{f'lost_{o}': table[f'good_{o}']-table[f'{o}_mixed'], f'back_{o}': table[o]-table[f'{o}_mixed']})
+    means = table.groupby(by, sort=False)[[f'{k}_{o}' for o in METRICS for k in ('lost', 'back')]].mean().reset_index()
+    for o in METRICS: means[f'regained_{o}'] = (means[f'back_{o}']/means[f'lost_{o}']).where(means[f'lost_{o}'] > NOISE)
     return means
 
 
@@ -145,8 +145,8 @@ def main():
         fits = {what: lambda amount=amount: ready(kept, **kw, denoise=amount).fit(train) for what, amount in (('fit', 0.), ('fit, denoise 0.05', .05))}
         times = race(fits, 1 if args.quick else 5)
     table = pd.DataFrame(rows)
-    means = table.groupby(['data', 'setting', 'share', 'denoise'], sort=False)[['mixed', 'listed', *FIGURES, *(f'good_{o}' for o in FIGURES)]].mean().reset_index()
-    spread = table.groupby(['data', 'setting', 'share', 'denoise'], sort=False)[[*FIGURES]].std().reset_index(drop=True).add_suffix('_std')
+    means = table.groupby(['data', 'setting', 'share', 'denoise'], sort=False)[['mixed', 'listed', *METRICS, *(f'good_{o}' for o in METRICS)]].mean().reset_index()
+    spread = table.groupby(['data', 'setting', 'share', 'denoise'], sort=False)[[*METRICS]].std().reset_index(drop=True).add_suffix('_std')
     plain = {k: o.astype(object).where(o.notna(), None).to_dict('records') for k, o in dict(
         regained=regained(table, ['setting', 'share', 'denoise']), of_each=regained(table, ['data', 'setting', 'share', 'denoise']), means=means.join(spread)).items()}
     report(args, __file__, f'{len(table)//2} models of training sets with 0% to {max(shares):.0%} of defective images; seconds of a fit on {name} whose embeddings are at hand', rows_of(times, 'fit', device='cpu'), **plain)

@@ -1,4 +1,4 @@
-"""All pixel figures against scikit-learn's AUROC and precision-recall curve alone; two thousand large maps, one by one.
+"""All pixel metrics against scikit-learn's AUROC and precision-recall curve alone; two thousand large maps, one by one.
 
 `python benchmarks/evaluation.py` judges 83 maps of 224 x 224 pixels, 20 of them good, by turns with scikit-learn on the
 same pixels, and looks at memory in a process of its own. Then 2,000 maps of 512 x 512 are handed to a `Tally` as they
@@ -12,7 +12,7 @@ from sklearn import metrics
 from patchcore_nb.evaluation import evaluate
 from patchcore_nb.pixels import Tally
 
-SKLEARN, OURS, ONE_BY_ONE = 'scikit-learn: AUROC, curve', 'evaluate: all figures', 'Tally: all figures'
+SKLEARN, OURS, ONE_BY_ONE = 'scikit-learn: AUROC, curve', 'evaluate: all metrics', 'Tally: all metrics'
 
 
 def stains(
@@ -41,7 +41,7 @@ def made(
 
 
 def judged(maps:np.ndarray, masks:np.ndarray)->dict:
-    "All figures of pixels."
+    "All metrics of pixels."
     return {k: v for k, v in evaluate(np.zeros(len(maps)), masks.any((1, 2)), maps, masks).items() if not k.startswith('image')}
 
 
@@ -49,11 +49,11 @@ def tallied(maps:np.ndarray, masks:np.ndarray)->dict:
     "The same by a tally, one by one."
     tally = Tally()
     for m, mask in zip(maps, masks): tally.add(m[None], mask[None])
-    return tally.figures()
+    return tally.metrics()
 
 
 def theirs(maps:np.ndarray, masks:np.ndarray):
-    "Two figures, by scikit-learn."
+    "Two metrics, by scikit-learn."
     truth, scores = masks.ravel(), maps.ravel()
     return metrics.roc_auc_score(truth, scores), metrics.precision_recall_curve(truth, scores)
 
@@ -93,13 +93,13 @@ def many(
     found, tally = {}, Tally()
     def run():
         for m, mask in stream(n, size): tally.add(m, mask)
-        found['figures'] = tally.figures()
+        found['metrics'] = tally.metrics()
     with watch(found):
         making = seconds(lambda: [None for _ in stream(n, size)])
         taken = seconds(run)
-    figures, rows = found['figures'], tally.rows()['good']
+    metrics, rows = found['metrics'], tally.rows()['good']
     return dict(maps=n, size=size, gigabytes=n*size**2*4/1e9, seconds=taken, making=making, megabytes=None if found['peak'] is None else found['peak']/1e6,
-                pixel_auroc=figures['pixel_auroc'], bound=tally.bounds()['pixel_auroc'], aupimo=figures['aupimo'], columns=rows.shape[1])
+                pixel_auroc=metrics['pixel_auroc'], bound=tally.bounds()['pixel_auroc'], aupimo=metrics['aupimo'], columns=rows.shape[1])
 
 
 def main():
@@ -114,7 +114,7 @@ def main():
         peak = fresh(watched, r['what'], *shape)
         r |= dict(memory=None if peak is None else peak/maps.nbytes, megabytes=None if peak is None else peak/1e6, off=off[r['what']])
     large = [fresh(many, *o) for o in ([(20, 64), (40, 64)] if args.quick else [(500, 512), (1000, 512), (2000, 512)])]
-    report(args, __file__, f'all pixel figures of {len(maps)} maps of {shape[2]} x {shape[2]}; memory on top of the maps, as a multiple of them', rows, large=large, figures=[exact])
+    report(args, __file__, f'all pixel metrics of {len(maps)} maps of {shape[2]} x {shape[2]}; memory on top of the maps, as a multiple of them', rows, large=large, metrics=[exact])
 
 
 if __name__ == '__main__': main()

@@ -35,7 +35,7 @@ def main():
         if args.quick: category = replace(category, train=category.train[:4], test=category.test[::8])
         model = PatchCore('filterbank', ratio=.02, target_dim=128, device='cpu').fit(category)
         seen, samples = model.predict(category.test), category.test
-        figures, masks, pre = judge(seen, samples, model.preprocess_), read_masks(samples, model.preprocess_), model.preprocess_
+        metrics, masks, pre = judge(seen, samples, model.preprocess_), read_masks(samples, model.preprocess_), model.preprocess_
         low, top = colour_range(seen.anomaly_maps, [o.label for o in samples])
         def usual():
             for i in range(len(samples)):
@@ -46,9 +46,9 @@ def main():
             for i, o in enumerate(samples):
                 draw_panel(pre.crop(read_image(o.path)), masks[i], seen.anomaly_maps[i], float(seen.image_scores[i]), top, o.kind, low=low).save(temp/f'{i}.png')
         runs = {USUAL: usual, 'panels, one thread': panels, f'panels as a run saves them, {os.cpu_count()} cores': lambda: save_pictures(seen, samples, pre, temp/'pictures'),
-                'a section of the report': lambda: section(model, category, seen, figures, masks=masks)}
+                'a section of the report': lambda: section(model, category, seen, metrics, masks=masks)}
         times = race(runs, 1 if args.quick else 5)
-        size = len(json.dumps(section(model, category, seen, figures, masks=masks)))/1e6
+        size = len(json.dumps(section(model, category, seen, metrics, masks=masks)))/1e6
     rows = [r | dict(images_a_second=None if 'report' in r['what'] else len(samples)/r['seconds'], megabytes=size if 'report' in r['what'] else None) for r in rows_of(times, USUAL, device='cpu')]
     report(args, __file__, f'{len(samples)} test images of {category.name}, 224 x 224 pixels: four panels each, drawn and saved as PNG', rows)
 

@@ -8,18 +8,20 @@ __all__ = []
 
 # %% ../nbs/00a_front.ipynb #bf287926
 _WHERE = {
-    'core': 'ArgumentError DataError PatchCoreError read_image',
-    'search': 'SEARCHES',
-    'memory': '',
+    'base': 'ArgumentError DataError PatchCoreError',
+    'names': 'DISTANCES PATCH_SCORES PRESETS SAMPLERS SEARCHES DATASETS',
+    'core': 'read_image',
+    'search': '',
+    'budget': '',
     'cache': '',
-    'data': 'Category DATASETS Preprocess Sample load_category register_dataset',
+    'data': 'Category Preprocess Sample load_category register_dataset',
     'demo': 'DEMO_CATEGORIES demo_sample make_demo',
     'layouts': '',
     'extractor': 'Extractor register_backbone',
     'filterbank': 'FilterBank',
     'backbones': 'backbone_table create_backbone describe_backbone', # here, because the table of names is here
     'aggregator': 'Aggregator',
-    'samplers': 'SAMPLERS coreset register_sampler',
+    'samplers': 'coreset register_sampler',
     'suspects': '',
     'scorer': 'Scorer',
     'evaluation': 'evaluate',
@@ -28,7 +30,7 @@ _WHERE = {
     'thresholds': 'Calibration calibrate',
     'patchcore': 'PatchCore Prediction',
     'ensemble': 'Ensemble',
-    'presets': 'PRESETS preset',
+    'presets': 'preset',
     'store': 'load save',
     'plots': '',
     'report': '',
@@ -51,8 +53,6 @@ def __getattr__(name):
     module = importlib.import_module('patchcore_nb.'+_MODULE.get(name, name))
     if name in _WHERE: return module
     if name in ('PatchCore', 'Prediction', 'Ensemble', 'preset', 'load'): importlib.import_module('patchcore_nb.plots') # how they show themselves
-    if name in ('DATASETS', 'load_category'): # which know all sets
-        for o in ('demo', 'layouts'): importlib.import_module('patchcore_nb.'+o)
     value = globals()[name] = getattr(module, name)
     return value
 

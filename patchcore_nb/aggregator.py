@@ -20,7 +20,6 @@ from scipy import sparse
 from torch import Tensor
 
 from .core import *
-from .core import unknown
 
 # %% ../nbs/03_aggregator.ipynb #c7c38bc1
 def unfold_and_pool(

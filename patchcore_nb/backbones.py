@@ -13,64 +13,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from .core import *
-from .extractor import KNOWN, Extractor, Known, create_backbone, find_backbone, find_layers, map_shapes, split_seed
-
-# %% ../nbs/02b_backbones.ipynb #04c4e0fe
-_TABLE = '''
-alexnet            torchvision alexnet                                                              features.4 features.11
-vgg11              torchvision vgg11                                                                features.14 features.19
-vgg19              torchvision vgg19                                                                features.26 features.35
-vgg19_bn           torchvision vgg19_bn                                                             features.38 features.51
-resnet18           torchvision resnet18                                                             layer2 layer3
-resnet50           torchvision resnet50                                                             layer2 layer3
-resnet101          torchvision resnet101                                                            layer2 layer3
-resnext101         torchvision resnext101_32x8d                                                     layer2 layer3
-wideresnet50       torchvision wide_resnet50_2                                                      layer2 layer3
-wideresnet101      torchvision wide_resnet101_2                                                     layer2 layer3
-resnest50          timm        resnest50d_4s2x40d.in1k                                              layer2 layer3
-resnetv2_50_bit    timm        resnetv2_50x3_bit.goog_in21k_ft_in1k                                 stages.1 stages.2
-resnetv2_50_21k    timm        resnetv2_50x3_bit.goog_in21k                                         stages.1 stages.2
-resnetv2_101       timm        resnetv2_101.a1h_in1k                                                stages.1 stages.2
-resnetv2_101_bit   timm        resnetv2_101x3_bit.goog_in21k_ft_in1k                                stages.1 stages.2
-resnetv2_101_21k   timm        resnetv2_101x3_bit.goog_in21k                                        stages.1 stages.2
-resnetv2_152_bit   timm        resnetv2_152x4_bit.goog_in21k_ft_in1k                                stages.1 stages.2
-resnetv2_152_21k   timm        resnetv2_152x4_bit.goog_in21k                                        stages.1 stages.2
-resnetv2_152_384   timm        resnetv2_152x2_bit.goog_teacher_in21k_ft_in1k_384                    stages.1 stages.2
-mnasnet_100        timm        mnasnet_100.rmsp_in1k                                                blocks.2 blocks.4
-mnasnet_a1         timm        semnasnet_100.rmsp_in1k                                              blocks.2 blocks.4
-mnasnet_b1         timm        mnasnet_100.rmsp_in1k                                                blocks.2 blocks.4
-densenet121        timm        densenet121.ra_in1k                                                  features.denseblock2 features.denseblock3
-densenet201        timm        densenet201.tv_in1k                                                  features.denseblock2 features.denseblock3
-inception_v4       timm        inception_v4.tf_in1k                                                 features.9 features.17
-vit_small          timm        vit_small_patch16_224.augreg_in21k_ft_in1k                           blocks.5 blocks.7
-vit_base           timm        vit_base_patch16_224.augreg_in21k_ft_in1k                            blocks.5 blocks.7
-vit_large          timm        vit_large_patch16_224.augreg_in21k_ft_in1k                           blocks.11 blocks.15
-vit_r50            timm        vit_large_r50_s32_224.augreg_in21k_ft_in1k                           blocks.11 blocks.15
-vit_deit_base      timm        deit_base_patch16_224.fb_in1k                                        blocks.5 blocks.7
-vit_deit_distilled timm        deit_base_distilled_patch16_224.fb_in1k                              blocks.5 blocks.7
-vit_swin_base      timm        swin_base_patch4_window7_224.ms_in22k_ft_in1k                        layers.1 layers.2
-vit_swin_large     timm        swin_large_patch4_window7_224.ms_in22k_ft_in1k                       layers.1 layers.2
-efficientnet_b1    timm        tf_efficientnet_b1.aa_in1k                                           blocks.2 blocks.4
-efficientnet_b3    timm        tf_efficientnet_b3.aa_in1k                                           blocks.2 blocks.4
-efficientnet_b3a   timm        efficientnet_b3.ra2_in1k                                             blocks.2 blocks.4
-efficientnet_b5    timm        tf_efficientnet_b5.ra_in1k                                           blocks.2 blocks.4
-efficientnet_b7    timm        tf_efficientnet_b7.ra_in1k                                           blocks.2 blocks.4
-efficientnetv2_m   timm        tf_efficientnetv2_m.in1k                                             blocks.2 blocks.4
-efficientnetv2_l   timm        tf_efficientnetv2_l.in1k                                             blocks.2 blocks.4
-'''
-
-# %% ../nbs/02b_backbones.ipynb #2e5ea9be
-def _row(line:str)->tuple[str,Known]:
-    "A line of the table: name, library, network and tag, layers."
-    name, library, there, *layers = line.split()
-    network, _, tag = there.partition('.')
-    return name, Known(library, network, tag, tuple(layers))
+from .names import KNOWN
+from .extractor import Extractor, create_backbone, find_backbone, find_layers, map_shapes, split_seed
 
 # %% ../nbs/02b_backbones.ipynb #786f5650
-_LOST = {'bninception': Known('', lost='it came from the package pretrainedmodels, which is abandoned: the nearest is torchvision:googlenet, pass that'),
-         'resnet200': Known('timm', 'resnet200', '', ('layer2', 'layer3'), 'timm never had any, and the reference ran it with random ones: the nearest with weights is timm:resnet200d.ra2_in1k, pass that')}
-KNOWN.update(dict(map(_row, _TABLE.strip().splitlines())) | _LOST)
-
 def known_layers(
     name:str, # a name of the table, perhaps with ".seed-N"
 )->tuple[str,...]: # of the network, the finer first

@@ -21,16 +21,15 @@ from .core import *
 from .data import Category, check_options, dataset_names, image_size, load_category, parse_pixels
 from .demo import DEMO_CATEGORIES # the import registers the set
 import patchcore_nb.layouts # and this one the others
-from .extractor import BACKBONES, PRECISIONS, split_seed
+from .extractor import PRECISIONS, split_seed
 from .ensemble import Ensemble
 from .experiment import REFERENCE_COLUMNS, Run, judge_saved, run, run_folder, run_seeds
-from .memory import parse_size
+from .budget import parse_size
 from .patchcore import PatchCore
-from .presets import PRESETS
 from .report import TEXTS
-from .samplers import SAMPLERS, coreset_size
+from .samplers import coreset_size
 from .scorer import DISTANCES, PATCH_SCORES
-from .search import SEARCHES
+from .names import BACKBONES, PRESETS, SAMPLERS, SEARCHES
 from .store import FORMATS, load
 
 # %% ../nbs/12_cli.ipynb #2fb4f4c8
@@ -389,7 +388,7 @@ def complain(
     if text == 'Missing command.': text = 'nothing to do: RESULTS_PATH patch_core [...] sampler [...] dataset [...]'
     if isinstance(e, click.NoSuchOption) and e.option_name == '--log_online': text = "--log_online is in the reference's README and sample scripts, but its program does not know it, and neither does this one: leave it out"
     if isinstance(e, (MemoryError, torch.cuda.OutOfMemoryError)) or 'not enough memory' in text:
-        text = f'out of memory ({why(e)[:120]}): pass a smaller --batch_size or -p, fewer images, or --gpu -1'
+        text = f'out of memory ({first_line(e)[:120]}): pass a smaller --batch_size or -p, fewer images, or --gpu -1'
     elif not isinstance(e, (click.ClickException, PatchCoreError)):
         text = f'{type(e).__name__}: {text} (PATCHCORE_NB_DEBUG=1 shows where)'
     print('error:', ' '.join(text.split()), file=sys.stderr)

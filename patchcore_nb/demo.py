@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from .core import *
-from .core import unknown
 from .data import Category, list_images, mvtec, register_dataset
 
 # %% ../nbs/01a_demo.ipynb #0fef11d1

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .cache import digest_image
 from .core import *
-from .memory import Plan
+from .budget import Plan
 from .patchcore import PatchCore, Prediction, as_items, empty_maps
 from .scorer import DISTANCES
 from .search import nearest_neighbours
@@ -67,9 +67,9 @@ class EnsemblePrediction(Prediction):
     "What an ensemble says of some images; `patch_scores` and `nn_idxs` are None, since each member has a grid and a memory of its own."
     members:list[Prediction]=field(default_factory=list) # what each member says
     folder:str|Path|None=None # for maps that do not fit into memory; None: the one for temporary files
-    over_:'EnsemblePrediction|None'=field(default=None, repr=False) # what `over_set` has found
+    over_:'EnsemblePrediction|None'=field(default=None, repr=False) # what `normalised_over_set` has found
 
-    def over_set(self)->'EnsemblePrediction': # without a threshold
+    def normalised_over_set(self)->'EnsemblePrediction': # without a threshold
         "The reference's scores and maps: each member's over the whole set from 0 to 1, then the mean."
         if self.over_: return self.over_
         scores, maps = ([getattr(o, k) for o in self.members] for k in ('image_scores', 'anomaly_maps'))
@@ -188,5 +188,5 @@ def predict(self:Ensemble,
     if not hasattr(self, 'units_'): raise ArgumentError('this Ensemble remembers nothing yet: call fit with good images first')
     items = as_items(images)
     self.refresh()
-    counted = any(o.counts_maps(len(items)*(len(self)+6)//5) for o in self.models) # a fifth of what figures take is the maps, and there are two sets more than members
+    counted = any(o.counts_maps(len(items)*(len(self)+6)//5) for o in self.models) # a fifth of what metrics take is the maps, and there are two sets more than members
     return combine([o.predict(items, counted) for o in self.models], self.units_, self.calibration_, self.models[0].spill_dir)

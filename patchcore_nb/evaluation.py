@@ -6,7 +6,7 @@
 __all__ = ['LIMITS', 'auroc_pairs', 'Counts', 'add_sorted', 'add_good', 'merged', 'counts', 'area', 'auroc', 'curve', 'roc_curve',
            'precision_area', 'best_f1', 'average_precision', 'f1max', 'aupro_regions', 'region_weights', 'rows_of',
            'weigh_regions', 'aupro', 'pro_curve', 'aupimo_curves', 'room_between', 'log_room', 'image_means',
-           'aupimo_images', 'seg_f1', 'aupro_names', 'pixel_figures', 'no_pixel_figures', 'pixel_truth', 'evaluate']
+           'aupimo_images', 'seg_f1', 'aupro_names', 'pixel_metrics', 'no_pixel_metrics', 'pixel_truth', 'evaluate']
 
 # %% ../nbs/06_evaluation.ipynb #19936235
 from collections.abc import Sequence
@@ -107,7 +107,7 @@ def _found(bad:np.ndarray)->Counts:
 def counts(
     scores, # (n,) or any shape; higher = more anomalous
     labels, # the same shape; True = defective
-)->Counts: # everything that the figures below need
+)->Counts: # everything that the metrics below need
     "Count the good items above each defective one."
     scores, labels = _checked(scores, labels)
     return add_good(_found(scores[labels]), scores, ~labels)
@@ -359,14 +359,14 @@ def aupro_names(
     "What AUPRO is called at each limit: the first has no number."
     return {f'aupro_{o:g}' if i else 'aupro': o for i, o in enumerate(limits)}
 
-def pixel_figures(
+def pixel_metrics(
     whole:Counts,      # of all pixels
     anomaly:Counts,    # the same rows, of the pixels of images with a defect
     regions:np.ndarray, # (k,) the same rows: what is gained in regions
     pimo:np.ndarray,   # (B,) each image's AUPIMO, NaN where it has none
     limits:Sequence[float]=LIMITS, # of AUPRO, each in (0, 1]
 )->dict[str, float]: # NaN where there is nothing to tell
-    "All figures that are counted in pixels, from the tables."
+    "All metrics that are counted in pixels, from the tables."
     f1, threshold = best_f1(whole)
     overlap, anomaly_overlap = (c._replace(gained=regions) for c in (whole, anomaly))
     aupros = {name: area(overlap, o) for name, o in aupro_names(limits).items()}
@@ -375,11 +375,11 @@ def pixel_figures(
                 aupimo=float(known.mean()) if known.size else float('nan'), anomaly_pixel_auroc=area(anomaly), anomaly_pixel_ap=precision_area(anomaly),
                 anomaly_pixel_f1max=best_f1(anomaly)[0], anomaly_aupro=area(anomaly_overlap, limits[0]))
 
-def no_pixel_figures(
+def no_pixel_metrics(
     limits:Sequence[float]=LIMITS, # of AUPRO, each in (0, 1]
 )->dict[str, float]: # all NaN
-    "The figures of a set without masks."
-    return pixel_figures(_found(np.empty(0)), _found(np.empty(0)), np.empty(0), np.empty(0), limits)
+    "The metrics of a set without masks."
+    return pixel_metrics(_found(np.empty(0)), _found(np.empty(0)), np.empty(0), np.empty(0), limits)
 
 # %% ../nbs/06_evaluation.ipynb #122ae946
 def pixel_truth(
@@ -396,7 +396,7 @@ def pixel_truth(
     return maps, masks, defect
 
 def _from_pixels(maps, masks, labels:np.ndarray, limits:Sequence[float])->dict[str, float]:
-    "The figures that are counted in pixels, from the pixels."
+    "The metrics that are counted in pixels, from the pixels."
     maps, masks, defect = pixel_truth(maps, masks, labels)
     bad = maps[masks]
     c = _found(bad)
@@ -408,24 +408,24 @@ def _from_pixels(maps, masks, labels:np.ndarray, limits:Sequence[float])->dict[s
     around[~defect] = False
     anomaly = add_good(c, maps, around)
     vanished = add_good(c, maps, labels & ~defect)
-    return pixel_figures(merged(merged(anomaly, good), vanished), anomaly, regions, pimo, limits)
+    return pixel_metrics(merged(merged(anomaly, good), vanished), anomaly, regions, pimo, limits)
 
 # %% ../nbs/06_evaluation.ipynb #43e6cb90
 def evaluate(
     image_scores,    # (B,) higher = more anomalous
     labels,          # (B,) True = defective
-    maps=None,       # (B, H, W) anomaly maps; default: no pixel figures
-    masks=None,      # (B, H, W) True = defective; default: no pixel figures
+    maps=None,       # (B, H, W) anomaly maps; default: no pixel metrics
+    masks=None,      # (B, H, W) True = defective; default: no pixel metrics
     limits:Sequence[float]=LIMITS, # false positive rates up to which AUPRO is taken, each in (0, 1]
     map_threshold:float=None, # for `seg_f1`: chosen without the masks; default: no such figure
-)->dict[str, float]: # `image_`auroc, ap, f1max, f1max_threshold; those of `pixel_figures`; `seg_f1`; NaN where there is nothing to tell
+)->dict[str, float]: # `image_`auroc, ap, f1max, f1max_threshold; those of `pixel_metrics`; `seg_f1`; NaN where there is nothing to tell
     "Every figure of a test set."
     image_scores, labels = _checked(image_scores, labels, ('image_scores', 'labels'))
     if image_scores.ndim != 1: raise ArgumentError(f'image_scores must be (B,), got shape {image_scores.shape}: pass one score for each image')
     if maps is None and masks is not None: raise ArgumentError('masks must come with maps, got None: pass the anomaly maps too')
     c = counts(image_scores, labels)
     f1, threshold = best_f1(c)
-    figures = dict(image_auroc=area(c), image_ap=precision_area(c), image_f1max=f1, image_f1max_threshold=threshold)
-    figures |= no_pixel_figures(limits) if masks is None else _from_pixels(maps, masks, labels, limits)
-    if map_threshold is not None: figures['seg_f1'] = float('nan') if masks is None else seg_f1(maps, masks, map_threshold)
-    return figures
+    metrics = dict(image_auroc=area(c), image_ap=precision_area(c), image_f1max=f1, image_f1max_threshold=threshold)
+    metrics |= no_pixel_metrics(limits) if masks is None else _from_pixels(maps, masks, labels, limits)
+    if map_threshold is not None: metrics['seg_f1'] = float('nan') if masks is None else seg_f1(maps, masks, map_threshold)
+    return metrics

@@ -27,13 +27,13 @@ from .data import Category, Preprocess, Sample, check_category, read_ahead, read
 from .evaluation import auroc, evaluate
 from .ensemble import Ensemble
 from .intervals import bootstrap, by_kind_of_rows, over_seeds, share_interval
-from .memory import stage
+from .budget import stage
 from .patchcore import PatchCore, Prediction, RUNTIME, as_items
 from .pixels import GOOD_KIND, Tally, by_kind, pixel_rows
 from .plots import colour_range, draw_panel
 from .report import render, section, texts
 from .scorer import DISTANCES, image_scores, limit_threads, reweight
-from .search import GROUP, Exact, check_k, look, merge_neighbours, naive_neighbours, nearest_neighbours
+from .search import GROUP, Exact, check_k, merge_neighbours, search_block, naive_neighbours, nearest_neighbours
 from .store import formats_for, save, versions
 
 # %% ../nbs/10_experiment.ipynb #39c5b325
@@ -41,7 +41,7 @@ CHUNK = 64 # maps that are looked at together where memory does not hold all
 
 class Pixels(NamedTuple):
     "What the pixels of a test set tell; all None or empty where masks are missing."
-    figures:dict[str,float]             # the keys of `pixel_figures`, and `seg_f1` if the model has a threshold for maps
+    metrics:dict[str,float]             # the keys of `pixel_metrics`, and `seg_f1` if the model has a threshold for maps
     rows:list[np.ndarray]|None=None     # three of (B, bins), as `Tally.rows`
     marks:tuple|None=None               # two of (B,): defective pixels above the maps' threshold, all pixels above it
     masks:Tensor|None=None              # (B, H, W) True = defective; None: too many, or missing
@@ -57,7 +57,7 @@ def _marks(prediction:Prediction, masks:Tensor, part:slice=slice(None))->np.ndar
 # %% ../nbs/10_experiment.ipynb #e9494d48
 def _count(prediction:Prediction, samples:Sequence[Sample], preprocess:Preprocess)->tuple[Tally,np.ndarray]: # and (2, B), as `_marks`
     "Count the pixels of maps that memory does not hold; masks are read once, a few at a time."
-    tally, labels, seen, marks = Tally(), np.array([o.label for o in samples]), prediction.over_set(), []
+    tally, labels, seen, marks = Tally(), np.array([o.label for o in samples]), prediction.normalised_over_set(), []
     for part in (slice(i, i+CHUNK) for i in range(0, len(samples), CHUNK)):
         masks = read_masks(samples[part], preprocess)
         tally.add(seen.anomaly_maps[part].numpy(), masks.numpy(), labels[part])
@@ -73,16 +73,16 @@ def read_pixels(
     if any(o.label and o.mask is None for o in samples):
         read_masks(samples, preprocess) # which warns if only some are missing
         return Pixels({})
-    seen, labels = prediction.over_set(), np.array([o.label for o in samples])
+    seen, labels = prediction.normalised_over_set(), np.array([o.label for o in samples])
     if prediction.counted:
         (tally, marks), masks = _count(prediction, samples, preprocess), None
-        figures, rows, curves = tally.figures(), [*tally.rows().values()], tally.curves()
+        metrics, rows, curves = tally.metrics(), [*tally.rows().values()], tally.curves()
     else:
         masks, curves = read_masks(samples, preprocess), None
-        figures, rows, marks = evaluate(seen.image_scores, labels, seen.anomaly_maps, masks), [*pixel_rows(seen.anomaly_maps, masks).values()], _marks(prediction, masks)
+        metrics, rows, marks = evaluate(seen.image_scores, labels, seen.anomaly_maps, masks), [*pixel_rows(seen.anomaly_maps, masks).values()], _marks(prediction, masks)
     marks = tuple(marks) if marks.size else None
-    if marks: figures |= dict(seg_f1=2*marks[0].sum()/(marks[1].sum()+rows[1].sum()) if rows[1].any() else np.nan)
-    return Pixels({k: v for k, v in figures.items() if not k.startswith('image_')}, rows, marks, masks, curves)
+    if marks: metrics |= dict(seg_f1=2*marks[0].sum()/(marks[1].sum()+rows[1].sum()) if rows[1].any() else np.nan)
+    return Pixels({k: v for k, v in metrics.items() if not k.startswith('image_')}, rows, marks, masks, curves)
 
 # %% ../nbs/10_experiment.ipynb #c6202d08
 REFERENCE_COLUMNS = {'image_auroc': 'instance_auroc', 'pixel_auroc': 'full_pixel_auroc', 'anomaly_pixel_auroc': 'anomaly_pixel_auroc'}
@@ -93,11 +93,11 @@ def judge(
     preprocess:Preprocess,   # as the model's
     pixels:Pixels|None=None, # as `read_pixels` returns them; default: read here
 )->dict[str,float]: # name -> figure; NaN where there is none
-    "All figures of one category; an ensemble's by the reference's mean over the test set, but for those of the threshold."
+    "All metrics of one category; an ensemble's by the reference's mean over the test set, but for those of the threshold."
     labels = np.array([o.label for o in samples])
     if labels.all() or not labels.any(): warnings.warn(f'{samples[0].path.parent.parent}: the test images are all {"defective" if labels.all() else "good"}, so there is no AUROC')
     pixels = read_pixels(prediction, samples, preprocess) if pixels is None else pixels
-    return {k: float(v) for k, v in (evaluate(prediction.over_set().image_scores, labels) | pixels.figures | at_threshold(prediction, labels)).items()}
+    return {k: float(v) for k, v in (evaluate(prediction.normalised_over_set().image_scores, labels) | pixels.metrics | at_threshold(prediction, labels)).items()}
 
 def at_threshold(
     prediction:Prediction, # of the test images
@@ -110,23 +110,23 @@ def at_threshold(
 
 # %% ../nbs/10_experiment.ipynb #a63801d4
 class Details(NamedTuple):
-    "What there is to say of a category beside its figures."
+    "What there is to say of a category beside its metrics."
     intervals:pd.DataFrame # a row per figure: value, low, high
     kinds:pd.DataFrame     # a row per kind of defect
 
 def look_closer(
     prediction:Prediction,    # of the test images
     samples:Sequence[Sample], # the test images, in the same order
-    figures:dict[str,float],  # as `judge` returns them
+    metrics:dict[str,float],  # as `judge` returns them
     pixels:Pixels,            # as `read_pixels` returns them
     seed:int=0,               # of the resamples
 )->Details:
-    "Intervals, and figures by kind of defect."
-    labels, seen = np.array([o.label for o in samples]), prediction.over_set()
+    "Intervals, and metrics by kind of defect."
+    labels, seen = np.array([o.label for o in samples]), prediction.normalised_over_set()
     if not labels.any(): return Details(_rates(prediction, labels), pd.DataFrame())
     kinds = [o.kind if o.label else GOOD_KIND for o in samples]
     table = bootstrap(seen.image_scores, labels, pixels.rows, seed=seed, marks=pixels.marks)
-    table['value'] = [figures[k] for k in table.index] # rows are a little coarser
+    table['value'] = [metrics[k] for k in table.index] # rows are a little coarser
     missed = pd.Series({k: np.nan if prediction.threshold is None else float((prediction.image_scores[[x == k for x in kinds]] <= prediction.threshold).float().mean()) for k in set(kinds)})
     by = by_kind_of_rows(seen.image_scores, kinds, pixels.rows) if pixels.curves else by_kind(seen.image_scores, kinds, *((None, None) if pixels.masks is None else (seen.anomaly_maps, pixels.masks)))
     return Details(pd.concat([table, _rates(prediction, labels)]), by.assign(missed=missed.reindex(by.index)))
@@ -203,21 +203,21 @@ def _add_rows(path:Path, key:str, table:pd.DataFrame):
     with replacing(path) as temp: whole[['category', *(o for o in whole if o != 'category')]].to_csv(temp, index=False, lineterminator='\n', encoding='utf-8')
 
 def _write_tables(folder:Path, report:pd.DataFrame):
-    "Write the tables of a run: all figures, and the reference's."
+    "Write the tables of a run: all metrics, and the reference's."
     with replacing(folder/METRICS) as temp: with_mean(report).to_csv(temp, index_label='category', lineterminator='\n', encoding='utf-8')
     write_results(with_mean(report), folder/'results.csv')
 
 def _write_state(folder:Path, settings:dict, report:pd.DataFrame, complete:bool):
-    "Write the tables, the settings and the figures so far."
+    "Write the tables, the settings and the metrics so far."
     if len(report): _write_tables(folder, report)
-    state = dict(settings=settings, complete=complete, figures=report.to_dict('index'))
+    state = dict(settings=settings, complete=complete, metrics=report.to_dict('index'))
     with replacing(folder/SETTINGS) as temp: temp.write_text(json.dumps(state, indent=1)+'\n', encoding='utf-8')
 
-def _read_state(folder:Path)->tuple[dict|None,pd.DataFrame]: # settings, None if the run is complete or cannot be read; figures so far
+def _read_state(folder:Path)->tuple[dict|None,pd.DataFrame]: # settings, None if the run is complete or cannot be read; metrics so far
     "What an unfinished run was asked for, and what it found."
     try:
         state = json.loads((folder/SETTINGS).read_text(encoding='utf-8'))
-        return None if state['complete'] else state['settings'], pd.DataFrame.from_dict(state['figures'], orient='index')
+        return None if state['complete'] else state['settings'], pd.DataFrame.from_dict(state['metrics'], orient='index')
     except (OSError, ValueError, KeyError, TypeError, AttributeError): return None, pd.DataFrame()
 
 # %% ../nbs/10_experiment.ipynb #f8179381
@@ -226,7 +226,7 @@ def find_unfinished(
     project:str,      # LOG_PROJECT
     group:str,        # LOG_GROUP
     settings:dict,    # as `settings_of` returns them
-)->tuple[Path,pd.DataFrame]|None: # its folder and its figures so far
+)->tuple[Path,pd.DataFrame]|None: # its folder and its metrics so far
     "The newest unfinished run of a group with these settings."
     home = Path(results)/project
     names = [group]+[f'{group}_{i}' for i in itertools.takewhile(lambda i: (home/f'{group}_{i}').is_dir(), itertools.count())]
@@ -282,7 +282,7 @@ def write_scores(
 class Run:
     "What a run left behind."
     folder:Path         # RESULTS_PATH/LOG_PROJECT/LOG_GROUP
-    report:pd.DataFrame # a row per category and "Mean"; all figures
+    report:pd.DataFrame # a row per category and "Mean"; all metrics
     done_before:int     # categories that an earlier, resumed run had finished
     searches:tuple[str,...]=() # how saved models search, those that do not search exactly
 
@@ -311,24 +311,24 @@ def _predict(model:PatchCore|Ensemble, category:Category, folder:Path, log:list)
     with stage(log, 'predict'): prediction = model.predict(category.test)
     with stage(log, 'evaluate'):
         pixels = read_pixels(prediction, category.test, model.preprocess_)
-        figures = judge(prediction, category.test, model.preprocess_, pixels)
-        if (recall := search_recall(model)) is not None: figures |= dict(search_recall=recall)
-        details = look_closer(prediction, category.test, figures, pixels, _members(model)[0].seed)
+        metrics = judge(prediction, category.test, model.preprocess_, pixels)
+        if (recall := search_recall(model)) is not None: metrics |= dict(search_recall=recall)
+        details = look_closer(prediction, category.test, metrics, pixels, _members(model)[0].seed)
     others = category.unlabelled
     write_scores([(prediction, category.test), *((model.predict(others[i:i+64]), others[i:i+64]) for i in range(0, len(others), 64))], folder/'scores'/f'{category.key}.csv')
     _add_rows(folder/INTERVALS, category.key, details.intervals)
     _add_rows(folder/KINDS, category.key, details.kinds)
-    return prediction, figures, pixels, details
+    return prediction, metrics, pixels, details
 
 def _report(model:PatchCore|Ensemble, category:Category, folder:Path, pictures:Path|None, outputs:Outputs, stages:list, log:list)->dict[str,float]:
     "Predict and judge one category; write all that is wanted of it but the model."
-    prediction, figures, pixels, details = _predict(model, category, folder, log)
+    prediction, metrics, pixels, details = _predict(model, category, folder, log)
     if pictures:
         with stage(log, 'pictures'): save_pictures(prediction, category.test, model.preprocess_, pictures, _members(model)[0].show)
     if (suspects := find_suspects(model, category)) is not None:
         with replacing(make_folder(folder/'suspects')/f'{category.key}.csv') as temp: suspects.to_csv(temp, index=False, lineterminator='\n', encoding='utf-8')
-    if outputs.report: _write_section(folder, model, category, prediction, figures, pixels, details, stages+[o._asdict() for o in log])
-    return figures
+    if outputs.report: _write_section(folder, model, category, prediction, metrics, pixels, details, stages+[o._asdict() for o in log])
+    return metrics
 
 def _one_category(model:PatchCore|Ensemble, category:Category, folder:Path, outputs:Outputs)->dict[str,float]:
     "Fit, predict, judge and save one category."
@@ -351,9 +351,9 @@ def find_suspects(
     if first.left_out_ is None or not category.train: return None
     return first.suspects().assign(image=lambda t: [category.train[i].path.as_posix() for i in t.image])
 
-def _write_section(folder:Path, model:PatchCore|Ensemble, category:Category, prediction:Prediction, figures:dict, pixels:Pixels, details:Details, stages:list):
+def _write_section(folder:Path, model:PatchCore|Ensemble, category:Category, prediction:Prediction, metrics:dict, pixels:Pixels, details:Details, stages:list):
     "Keep what the report says of a category."
-    found = section(model, category, prediction, figures, masks=pixels.masks, curves=pixels.curves, intervals=details.intervals, kinds=details.kinds.reindex(columns=['image_auroc', 'pixel_auroc', 'pixel_ap', 'aupro', 'aupimo']).dropna(axis=1, how='all'), suspects=find_suspects(model, category), stages=stages)
+    found = section(model, category, prediction, metrics, masks=pixels.masks, curves=pixels.curves, intervals=details.intervals, kinds=details.kinds.reindex(columns=['image_auroc', 'pixel_auroc', 'pixel_ap', 'aupro', 'aupimo']).dropna(axis=1, how='all'), suspects=find_suspects(model, category), stages=stages)
     with replacing(make_folder(folder/SECTIONS)/f'{category.key}.json') as temp: temp.write_text(json.dumps(found, allow_nan=False), encoding='utf-8')
 
 def write_report(
@@ -364,7 +364,7 @@ def write_report(
 )->Path: # report.html
     "Write the report of a run."
     paths = {o: Path(folder)/SECTIONS/f'{o}.json' for o in keys}
-    if lost := [o for o, p in paths.items() if not p.is_file()]: warnings.warn(f"{', '.join(lost)} was done without a report, and is missing in {REPORT}: its figures are in {METRICS}")
+    if lost := [o for o, p in paths.items() if not p.is_file()]: warnings.warn(f"{', '.join(lost)} was done without a report, and is missing in {REPORT}: its metrics are in {METRICS}")
     sections = [json.loads(p.read_text(encoding='utf-8')) for o, p in paths.items() if o not in lost]
     with replacing(Path(folder)/REPORT) as temp: temp.write_text(render(sections, head, lang), encoding='utf-8')
     return Path(folder)/REPORT
@@ -421,8 +421,8 @@ def run(
         if said: warnings.filterwarnings('ignore', message='the reference.s files cannot express')
         for o in categories:
             if o.key in done.index: continue
-            figures = _one_category(checked.fresh(), o, folder, outputs)
-            done = pd.concat([done, pd.DataFrame(figures, [o.key])])
+            metrics = _one_category(checked.fresh(), o, folder, outputs)
+            done = pd.concat([done, pd.DataFrame(metrics, [o.key])])
             if report: write_report(folder, list(done.index), lang, **_head(model, settings, command))
             _write_state(folder, settings, done, complete=len(done) == len(categories))
     return Run(folder, with_mean(done), before)
@@ -446,7 +446,7 @@ def _write_seeds(folder:Path, settings:dict, done:pd.DataFrame, seeds:Sequence[i
     with replacing(folder/METRICS) as temp: table.to_csv(temp, index_label='category', lineterminator='\n', encoding='utf-8')
     write_results(table, folder/'results.csv')
     rows = done.set_axis([f'{s}/{k}' for s, k in zip(done.seed, done.index)])
-    state = dict(settings=settings, complete=done.seed.nunique() == len(seeds), figures=rows.to_dict('index'))
+    state = dict(settings=settings, complete=done.seed.nunique() == len(seeds), metrics=rows.to_dict('index'))
     with replacing(folder/SETTINGS) as temp: temp.write_text(json.dumps(state, indent=1)+'\n', encoding='utf-8')
     return table
 
@@ -496,9 +496,9 @@ def judge_saved(
         if i < len(models): model = models[i]()
         if not i: # tables of an earlier evaluation
             for name in (INTERVALS, KINDS): (folder/name).unlink(missing_ok=True)
-        figures = _report(model, o, folder, pictures and pictures(o), Outputs(report=report), [], [])
+        metrics = _report(model, o, folder, pictures and pictures(o), Outputs(report=report), [], [])
         searches |= {m.search: None for m in _members(model) if m.search != 'exact'}
-        done = pd.concat([done, pd.DataFrame(figures, [o.key])])
+        done = pd.concat([done, pd.DataFrame(metrics, [o.key])])
         _write_tables(folder, done)
         if report: write_report(folder, list(done.index), lang, **_head(model, settings_of(model, categories), command))
     return Run(folder, with_mean(done), 0, tuple(searches))
@@ -520,7 +520,7 @@ class Nested(Exact):
         "Neighbours in one slice, of those queries to which it has something to tell."
         (a, b), target = self.slices_[i], self.targets_[i]
         if k <= target.columns.shape[1]//GROUP:
-            live, d, j = look(q, codes, target, k, limits, None, out)
+            live, d, j = search_block(q, codes, target, k, limits, None, out)
             return live, d, j+a
         d, j = nearest_neighbours(q, self.bank_[a:b], min(k, b-a), self.centre_)
         return torch.arange(len(q), device=q.device), d.sqrt(), j+a

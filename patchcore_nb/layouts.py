@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 from .core import *
-from .core import nearest_names, unknown
 from .data import Category, Sample, TREES, find_home, list_images, mask_values, meant_root, read_layout, register_dataset, subfolders, wrong_layout
 
 # %% ../nbs/01b_layouts.ipynb #8aa3b5a0

@@ -26,12 +26,11 @@ from torch import Tensor, nn
 from .aggregator import Aggregator
 from .cache import Cache, code_state, digest_image, digest_tensors
 from .core import *
-from .core import unknown
 from .data import Category, Preprocess, Sample, TURNS, batches, check_split, hold_out, image_size, list_images, read_ahead, to_original
 from .extractor import Extractor, create_backbone, map_shapes, split_seed
 from .backbones import reference_name # which fills the table of names
 from .filterbank import FilterBank # which registers itself
-from .memory import Load, Plan, free_memory, make_plan, parse_size, release, spilled, stage, too_many
+from .budget import Load, Plan, free_memory, make_plan, parse_size, release, spilled, stage, too_many
 from .samplers import Coreset, coreset, coreset_size, farthest_points
 from .scorer import DISTANCES, PATCH_SCORES, Scorer, image_scores, limit_threads, make_maps, reweight
 from .search import SEARCHES, nearest_neighbours
@@ -568,7 +567,7 @@ def verdicts(self:Prediction)->Tensor|None: # (B,) bool, or None
 
 # %% ../nbs/07_patchcore.ipynb #6ab2b3bd
 @patch
-def over_set(self:Prediction)->Prediction: # an ensemble's is another one
+def normalised_over_set(self:Prediction)->Prediction: # an ensemble's is another one
     "As the reference would judge these images as one test set."
     return self
 

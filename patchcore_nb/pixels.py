@@ -14,7 +14,7 @@ import pandas as pd
 
 from .core import ArgumentError
 from .evaluation import (LIMITS, Counts, _array, _budget, _checked, _finite, _found, _room, _truth, add_good, add_sorted, area, aupro_names, counts, curve,
-                                     image_means, log_room, merged, no_pixel_figures, pixel_figures, pixel_truth, precision_area, region_weights, rows_of)
+                                     image_means, log_room, merged, no_pixel_metrics, pixel_metrics, pixel_truth, precision_area, region_weights, rows_of)
 
 # %% ../nbs/06a_pixels.ipynb #49910d9b
 BITS = 24 # of a bin's number
@@ -123,7 +123,7 @@ def _dense(rows:list[tuple[tuple, tuple]])->dict[str, np.ndarray]:
 
 # %% ../nbs/06a_pixels.ipynb #86b8a739
 class Tally:
-    "Pixel figures of maps that come one after the other, in bounded memory."
+    "Pixel metrics of maps that come one after the other, in bounded memory."
     def __init__(self,
         centre:float=None,        # where bins are finest; default: the median of the first map
         map_threshold:float=None, # for `seg_f1`: chosen without the masks; default: no such figure
@@ -170,23 +170,23 @@ class Tally:
         self.marked_ += np.count_nonzero(marked)
         self.hits_ += np.count_nonzero(marked & mask)
 
-    def figures(self,
+    def metrics(self,
         limits:Sequence[float]=LIMITS, # false positive rates up to which AUPRO is taken, each in (0, 1]
-    )->dict[str, float]: # the keys of `evaluation.pixel_figures`; `seg_f1` if there is a threshold
-        "All figures that are counted in pixels."
+    )->dict[str, float]: # the keys of `evaluation.pixel_metrics`; `seg_f1` if there is a threshold
+        "All metrics that are counted in pixels."
         self._check()
         whole, good, anomaly = bin_tables(self.good_, self.bad_, self.centre_)
         at = np.flatnonzero(self.bad_)[::-1]
         rows = len(at)-1-np.searchsorted(at[::-1], np.concatenate(self.sketches_))
         pimo = image_means(log_room(good)[rows], np.array([len(o) for o in self.sketches_]))
-        found, n_bad = pixel_figures(whole, anomaly, self.regions_[at], pimo, limits), int(whole.gained.sum())
+        found, n_bad = pixel_metrics(whole, anomaly, self.regions_[at], pimo, limits), int(whole.gained.sum())
         if self.map_threshold is not None: found['seg_f1'] = float(2*self.hits_/(self.marked_+n_bad)) if n_bad else float('nan')
         return found
 
     def bounds(self,
-        limits:Sequence[float]=LIMITS, # as for `figures`
-    )->dict[str, float]: # of the figures that are areas, but for AUPIMO; NaN where there is none
-        "By how much the figures can be off at most."
+        limits:Sequence[float]=LIMITS, # as for `metrics`
+    )->dict[str, float]: # of the metrics that are areas, but for AUPIMO; NaN where there is none
+        "By how much the metrics can be off at most."
         self._check()
         whole, _, anomaly = bin_tables(self.good_, self.bad_, self.centre_)
         overlap, anomaly_overlap = (c._replace(gained=self.regions_[self.bad_ > 0][::-1]) for c in (whole, anomaly))
@@ -221,25 +221,25 @@ def pixel_rows(
 GOOD_KIND = 'good' # what the kind of a good image is called
 
 def _kind_of_pixels(maps:np.ndarray, masks:np.ndarray, clean:np.ndarray, limits:Sequence[float])->dict[str, float]:
-    "The figures of one kind's images against the pixels of good images, ascending."
+    "The metrics of one kind's images against the pixels of good images, ascending."
     bad = maps[masks]
     c = _found(bad)
     rows = rows_of(c, bad)
     regions = np.bincount(rows, region_weights(masks), len(c.gained))
     pimo = image_means(log_room(add_sorted(c, clean))[rows], masks.sum((1, 2)))
     around = add_good(c, maps, ~masks)
-    found = pixel_figures(add_sorted(around, clean), around, regions, pimo, limits)
+    found = pixel_metrics(add_sorted(around, clean), around, regions, pimo, limits)
     return found
 
 def by_kind(
     image_scores,         # (B,) higher = more anomalous
     kinds:Sequence[str],  # (B,) name of the kind of defect, or "good"
-    maps=None,            # (B, H, W) anomaly maps; default: no pixel figures
-    masks=None,           # (B, H, W) True = defective; default: no pixel figures
+    maps=None,            # (B, H, W) anomaly maps; default: no pixel metrics
+    masks=None,           # (B, H, W) True = defective; default: no pixel metrics
     limits:Sequence[float]=LIMITS, # false positive rates up to which AUPRO is taken, each in (0, 1]
     threshold:float=None, # images that score above it ring; default: nothing is missed or found
 )->pd.DataFrame: # a row per kind of defect, by name: `n_images`, `image_`auroc, ap, `pixel_`auroc, ap, `aupro`..., `aupimo`, `missed`; NaN where there is nothing to tell
-    "The figures of each kind of defect, against all good images."
+    "The metrics of each kind of defect, against all good images."
     kinds = np.array([str(o) for o in kinds], object)
     scores, labels = _checked(image_scores, kinds != GOOD_KIND, ('image_scores', 'kinds'))
     if masks is not None:

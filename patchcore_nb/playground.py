@@ -19,7 +19,6 @@ from torch import Tensor
 
 from .aggregator import Aggregator
 from .core import *
-from .core import unknown
 from .data import Category, batches, read_masks
 from .evaluation import auroc
 from .experiment import Nested, _check_sweep, _scores, _sweep_scores
@@ -216,7 +215,7 @@ def _look_up(m:PatchCore, maps:Maps, layers:tuple[str,...], patchsize:int, most_
 class Judged(NamedTuple):
     "What a setting is worth."
     prediction:Prediction  # of `lab.test`
-    figures:dict[str,float] # image_auroc, and pixel_auroc where there are masks
+    metrics:dict[str,float] # image_auroc, and pixel_auroc where there are masks
     n_patches:int          # in memory
     dim:int                # values of an embedding
 
@@ -236,17 +235,17 @@ def judge_setting(
     maps = make_maps(grid, size.padded_size(pre.size), setting.smoothing, pre.size)
     nn_idxs = torch.cat([i[:, 0] for i in near.idxs]).view(-1, *near.grid).cpu()
     found = Prediction(as_items(lab.test), scores, maps, grid, nn_idxs, pre)
-    return Judged(found, _figures(lab, found), len(near.bank), near.bank.shape[1])
+    return Judged(found, _metrics(lab, found), len(near.bank), near.bank.shape[1])
 
-def _figures(lab:Lab, found:Prediction)->dict[str,float]:
+def _metrics(lab:Lab, found:Prediction)->dict[str,float]:
     "AUROC of images, and of pixels where every defect has a mask; by every second pixel each way."
     masks = lab.keep('masks', found.preprocess, lambda: read_masks(lab.test, found.preprocess))
-    figures = dict(image_auroc=auroc(found.image_scores, lab.labels))
-    return figures if masks is None else figures | dict(pixel_auroc=auroc(found.anomaly_maps[:, ::2, ::2], masks[:, ::2, ::2]))
+    metrics = dict(image_auroc=auroc(found.image_scores, lab.labels))
+    return metrics if masks is None else metrics | dict(pixel_auroc=auroc(found.anomaly_maps[:, ::2, ::2], masks[:, ::2, ::2]))
 
 # %% ../nbs/10b_playground.ipynb #e1f77484
 def tried_html(
-    tried:dict[Setting,dict[str,float]], # setting -> figures, in the order in which they were tried
+    tried:dict[Setting,dict[str,float]], # setting -> metrics, in the order in which they were tried
     now:Setting,  # the one that is looked at
     n:int=12,     # rows
 )->str: # HTML

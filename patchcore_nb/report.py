@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIDE', 'ENGLISH', 'CHINESE', 'TEXTS', 'RATES', 'TEMPLATES', 'SUMMARY', 'ABOUT', 'thin', 'category_curves', 'data_url',
            'squares', 'framed', 'scores_by_kind', 'worth_a_look', 'match_of', 'matches', 'threshold_facts',
-           'model_facts', 'suspect_pictures', 'section', 'texts', 'figure_name', 'number', 'figure_text', 'share',
+           'model_facts', 'suspect_pictures', 'section', 'texts', 'metric_name', 'number', 'metric_text', 'share',
            'svg_curve', 'is_skewed', 'svg_histogram', 'svg_strip', 'render']
 
 # %% ../nbs/09a_report.ipynb #f3cf78a0
@@ -23,7 +23,6 @@ from torch import Tensor
 
 from .cache import digest_image
 from .core import *
-from .core import unknown
 from .data import Category, Sample, read_masks
 from .ensemble import Ensemble
 from .evaluation import counts, curve, weigh_regions
@@ -71,8 +70,8 @@ def category_curves(
     masks=None,            # (B, H, W) True = defective; None: curves of pixels are left out, unless they are given
     pixels:dict|None=None, # curves of pixels, as `Tally.curves` returns them
 )->dict[str,list|None]: # image_roc, pixel_roc, pro: x and y of their corners; None where there is none
-    "The curves of a category; an ensemble's over the test set, as its figures are."
-    seen = prediction.over_set()
+    "The curves of a category; an ensemble's over the test set, as its metrics are."
+    seen = prediction.normalised_over_set()
     found = dict(image_roc=thin(*curve(counts(seen.image_scores, labels))), pixel_roc=None, pro=None)
     if masks is None: return found | {k: thin(*o) for k, o in (pixels or {}).items()}
     maps, true = seen.anomaly_maps.numpy(), np.asarray(masks)
@@ -140,7 +139,7 @@ def scores_by_kind(
     image_scores,             # (B,) of these
     threshold:float|None=None, # scores above it are called anomalous
     kinds:pd.DataFrame|None=None, # further columns: a row per kind, by name; None: there are none
-)->list[dict]: # kind, label, scores, called (how many are called anomalous; None without a threshold), figures
+)->list[dict]: # kind, label, scores, called (how many are called anomalous; None without a threshold), metrics
     "What every kind of test image scored, good ones first."
     scores, found = np.asarray(image_scores, np.float64), []
     if kinds is not None and 'kind' in kinds: kinds = kinds.set_index('kind')
@@ -148,7 +147,7 @@ def scores_by_kind(
         own = scores[[(o.label, o.kind) == (label, kind) for o in samples]]
         more = kinds.loc[kind] if kinds is not None and kind in kinds.index else {}
         found.append(dict(kind=kind, label=label, scores=[_plain(o) for o in own], called=None if threshold is None else int((own > threshold).sum()),
-                          figures={str(k): _plain(v) for k, v in dict(more).items() if k not in ('images', 'n', 'n_images', 'missed')}))
+                          metrics={str(k): _plain(v) for k, v in dict(more).items() if k not in ('images', 'n', 'n_images', 'missed')}))
     return found
 
 # %% ../nbs/09a_report.ipynb #e07dc6f5
@@ -249,13 +248,13 @@ def section(
     model:PatchCore|Ensemble, # fitted
     category:Category,        # with the test images
     prediction:Prediction,    # of the test images, in their order
-    figures:dict,             # name -> figure, as `evaluate` returns them, and any others
+    metrics:dict,             # name -> figure, as `evaluate` returns them, and any others
     *,
     masks=None,               # (B, H, W) as `read_masks` returns them; None: read here, unless there are curves
     curves:dict|None=None,    # of pixels, as `Tally.curves` returns them, where maps and masks are too many
     limit:float=.3,           # false positive rate up to which AUPRO was taken
     intervals:pd.DataFrame|None=None, # 95% intervals: a row per figure, columns low and high
-    kinds:pd.DataFrame|None=None,     # figures by kind of defect: a row per kind, any columns
+    kinds:pd.DataFrame|None=None,     # metrics by kind of defect: a row per kind, any columns
     suspects:pd.DataFrame|None=None,  # of the training set: image, score, row, col; strangest first
     stages:Sequence[dict]|None=None,  # stage, seconds, peak_mb, and perhaps the member of an ensemble: what took how long, and how much memory
     most:int=4,               # pictures of each sort
@@ -266,7 +265,7 @@ def section(
     span, look = colour_range(prediction.anomaly_maps, labels), worth_a_look(prediction.image_scores, labels, most)
     pictures = {k: [_picture(category.test[i], None if masks is None else masks[i], prediction, i, span) for i in idxs] for k, idxs in look.items()}
     bounds = {} if intervals is None else intervals[['low', 'high']].T.to_dict('list')
-    return dict(category=category.key, model=model_facts(model, category), figures={str(k): _plain(v) for k, v in figures.items()},
+    return dict(category=category.key, model=model_facts(model, category), metrics={str(k): _plain(v) for k, v in metrics.items()},
                 intervals={str(k): [_plain(o) for o in v] for k, v in bounds.items()}, limit=limit, curves=category_curves(prediction, labels, masks, curves),
                 kinds=scores_by_kind(category.test, prediction.image_scores, prediction.threshold, kinds), threshold=threshold_facts(model, prediction),
                 span=[_plain(o) for o in span], pictures=pictures, matches=matches(model, category, prediction, [*look['hits'][:most-1], *look['rings'][:1]]),
@@ -275,7 +274,7 @@ def section(
 # %% ../nbs/09a_report.ipynb #edc38748
 ENGLISH = dict(
     tag='en', title='PatchCore report', run='The run', command='Command', date='Date', device='Device', versions='Versions', settings='Settings',
-    summary='Summary', category='Category', mean='Mean', interval='95% interval', figures='Figures', figure='Figure', value='Value', gap=' ', stop='. ', colon=': ', back='Back to the summary',
+    summary='Summary', category='Category', mean='Mean', interval='95% interval', metrics='Figures', figure='Figure', value='Value', gap=' ', stop='. ', colon=': ', back='Back to the summary',
     summary_note='Figures of the test images, from 0 to 1; false alarms and missed are shares at the threshold.',
     interval_note='Small numbers are 95% intervals: binomial ones for false alarms, for missed and for an image AUROC of 1, after DeLong for any other image AUROC, the rest from a thousand draws of the test images; where no draw differs, as with a perfect average precision, there is none. Near 1, and for any F1max, the draws see too little of the doubt: the truth is often lower.', limit_note='AUPRO is taken up to a false positive rate of {limit:g}.',
     made_of='{train:,} training images of {h} × {w} pixels as the network sees them. {good:,} good and {defective:,} defective test images.',
@@ -307,7 +306,7 @@ ENGLISH = dict(
 # %% ../nbs/09a_report.ipynb #45ed9b9c
 CHINESE = dict(
     tag='zh-CN', title='PatchCore 异常检测报告', run='运行信息', command='命令行', date='日期', device='设备', versions='版本', settings='参数设置',
-    summary='结果汇总', category='类别', mean='平均', interval='95% 置信区间', figures='指标', figure='指标', value='数值', gap='', stop='。', colon='：', back='返回汇总',
+    summary='结果汇总', category='类别', mean='平均', interval='95% 置信区间', metrics='指标', figure='指标', value='数值', gap='', stop='。', colon='：', back='返回汇总',
     summary_note='各项指标均在测试图像上计算，取值 0 到 1；误报率与漏检率按阈值统计。',
     interval_note='小号数字为 95% 置信区间：误报率、漏检率以及等于 1 的图像级 AUROC 按二项分布计算，其他图像级 AUROC 采用 DeLong 方法，其余由测试图像重采样一千次得到；若各次结果完全相同（例如 AP 恒为 1），则不给出区间。对接近 1 的指标和各项 F1max，重采样会低估不确定性，真实值往往更低。', limit_note='AUPRO 的假阳性率上限为 {limit:g}。',
     made_of='训练图像 {train:,} 张，网络输入尺寸 {h} × {w} 像素。测试图像中正常 {good:,} 张，缺陷 {defective:,} 张。',
@@ -346,7 +345,7 @@ def texts(
     if lang not in TEXTS: raise unknown('lang', lang, TEXTS)
     return TEXTS[lang]
 
-def figure_name(
+def metric_name(
     name:str,           # as in the results
     t:dict[str,str],    # of `texts`
 )->str: # itself, without underscores, if it is unknown
@@ -361,7 +360,7 @@ def number(
     "How a score is written."
     return f'{v:,.0f}' if 1000 <= abs(v) < 1e9 else f'{v:.4g}'
 
-def figure_text(
+def metric_text(
     name:str,         # as in the results
     value:float|None, # None: there is none
 )->str: # four decimals; rates in percent, thresholds in four digits; a dash for None
@@ -599,10 +598,10 @@ img.suspect{display:block;width:6rem;height:auto}
 TEMPLATES['parts'] = '''
 {% macro value(name, v, interval) %}{{ show(name, v) }}{% if interval and interval[0] is not none %}<small>{{ show(name, interval[0]) }} – {{ show(name, interval[1]) }}</small>{% endif %}{% endmacro %}
 
-{% macro figures(s, t) %}
+{% macro metrics(s, t) %}
 <div class="wide"><table>
 <thead><tr><th class="left">{{ t.figure }}</th><th>{{ t.value }}</th>{% if s.intervals %}<th>{{ t.interval }}</th>{% endif %}</tr></thead>
-<tbody>{% for name, v in s.figures.items() %}
+<tbody>{% for name, v in s.metrics.items() %}
 <tr><th scope="row">{{ label(name) }}</th><td>{{ show(name, v) }}</td>{% if s.intervals %}<td class="soft">{% set i = s.intervals.get(name) %}{% if i and i[0] is not none %}{{ show(name, i[0]) }} – {{ show(name, i[1]) }}{% endif %}</td>{% endif %}</tr>
 {% endfor %}</tbody></table></div>
 {% endmacro %}
@@ -622,7 +621,7 @@ TEMPLATES['parts'] = '''
 <tbody>{% for o in s.kinds %}{% set n = o.scores|length %}
 <tr><th scope="row">{{ t.good if o.kind == 'good' else o.kind }}</th><td>{{ n }}</td>
 {% if s.threshold %}<td>{% if not o.label %}{{ t.of.format(k=o.called, n=n) }}{% endif %}</td><td>{% if o.label %}{{ t.of.format(k=n-o.called, n=n) }}{% endif %}</td>{% endif %}<td>{{ o.strip|safe }}</td>
-{% for name in s.kind_columns %}<td>{{ show(name, o.figures.get(name)) if name in o.figures else '' }}</td>{% endfor %}</tr>
+{% for name in s.kind_columns %}<td>{{ show(name, o.metrics.get(name)) if name in o.metrics else '' }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
 {% endmacro %}
 '''
@@ -634,7 +633,7 @@ TEMPLATES['category'] = '''
 <h2>{{ s.category }}</h2>
 <p class="soft">{{ s.facts|join(t.gap) }}</p>
 <div class="pair">
-<div><h3>{{ t.figures }}</h3>{{ parts.figures(s, t) }}</div>
+<div><h3>{{ t.metrics }}</h3>{{ parts.metrics(s, t) }}</div>
 <div><h3>{{ t.threshold }}</h3>
 <p>{{ s.threshold_said|join(t.gap) }}</p>{% if s.promise %}<p class="note">{{ s.promise }}</p>{% endif %}
 <figure>{{ s.histogram|safe }}</figure></div>
@@ -708,7 +707,7 @@ TEMPLATES['page'] = '''
 <div class="wide"><table>
 <thead><tr><th>{{ t.category }}</th>{% for name in columns %}<th>{{ label(name) }}</th>{% endfor %}</tr></thead>
 <tbody>{% for s in sections %}
-<tr><th scope="row"><a href="#{{ s.anchor }}">{{ s.category }}</a></th>{% for name in columns %}<td>{{ parts.value(name, s.figures.get(name), s.intervals.get(name)) }}</td>{% endfor %}</tr>
+<tr><th scope="row"><a href="#{{ s.anchor }}">{{ s.category }}</a></th>{% for name in columns %}<td>{{ parts.value(name, s.metrics.get(name), s.intervals.get(name)) }}</td>{% endfor %}</tr>
 {% endfor %}{% if sections|length > 1 %}
 <tr class="mean"><th scope="row">{{ t.mean }}</th>{% for name in columns %}<td>{{ show(name, means[name]) }}</td>{% endfor %}</tr>
 {% endif %}</tbody></table></div>
@@ -753,7 +752,7 @@ def _promise(facts:dict, t:dict[str,str])->str:
 
 def _charts(s:dict, t:dict[str,str])->dict: # histogram, roc, pro: `<svg>`, or None
     "The charts of a category."
-    def named(key): return f"{figure_name(key, t)} {figure_text(key, s['figures'].get(key))}"
+    def named(key): return f"{metric_name(key, t)} {metric_text(key, s['metrics'].get(key))}"
     value = s['threshold'] and s['threshold']['value']
     scores = {t[k]: [v for o in s['kinds'] if o['label'] == label for v in o['scores']] for label, k in ((False, 'good'), (True, 'defective'))}
     roc = {named(f'{o}_auroc'): s['curves'][f'{o}_roc'] for o in ('image', 'pixel') if s['curves'][f'{o}_roc']}
@@ -773,7 +772,7 @@ def _filled(s:dict, i:int, t:dict[str,str])->dict:
     seconds, peaks = ([o[k] for o in s['stages'] if o.get(k) is not None] for k in ('seconds', 'peak_mb'))
     stages = [dict(stage='', seconds=None, peak_mb=None, member=None) | o for o in s['stages']]
     return s | _charts(s, t) | dict(anchor=f'category-{i}', facts=_facts(s['model'], t), threshold_said=_threshold_said(s, t), kinds_said=said, kinds=kinds, stages=stages,
-        promise=s['threshold'] and s['threshold']['promise'] and _promise(s['threshold'], t), kind_columns=list(dict.fromkeys(k for o in kinds for k in o['figures'])),
+        promise=s['threshold'] and s['threshold']['promise'] and _promise(s['threshold'], t), kind_columns=list(dict.fromkeys(k for o in kinds for k in o['metrics'])),
         shown=[(t[k], s['pictures'][k]) for k in ('faint', 'rings', 'hits') if s['pictures'][k]], longest=max([*seconds, 1e-9]), seconds=sum(seconds), peak=max(peaks, default=None))
 
 def _flat(value, key:str='')->list[tuple[str,str]]:
@@ -796,10 +795,10 @@ def render(
 )->str: # HTML, to be written as UTF-8
     "A report on one page, which needs no other file."
     t = texts(lang)
-    columns = [k for k in SUMMARY if any(s['figures'].get(k) is not None for s in sections)]
-    values = {k: [v for s in sections if (v := s['figures'].get(k)) is not None] for k in columns}
+    columns = [k for k in SUMMARY if any(s['metrics'].get(k) is not None for s in sections)]
+    values = {k: [v for s in sections if (v := s['metrics'].get(k)) is not None] for k in columns}
     notes = [t['summary_note'], *([t['interval_note']] if any(s['intervals'] for s in sections) else []), *([t['limit_note'].format(limit=sections[0]['limit'])] if 'aupro' in columns else [])]
     scale = data_url(to_colours(np.linspace(0, 1, 128)[None].repeat(12, 0), 1))
     return _written('page', t=t, head=dict(command=None) | head, title=head.get('title') or t['title'], about=_about(head, t), settings=_flat(head.get('settings') or {}), css=TEMPLATES['css'],
         sections=[_filled(s, i, t) for i, s in enumerate(sections)], columns=columns, means={k: float(np.mean(v)) for k, v in values.items()}, notes=notes, scale=scale,
-        show=figure_text, number=number, label=lambda name: figure_name(name, t)).strip()
+        show=metric_text, number=number, label=lambda name: metric_name(name, t)).strip()

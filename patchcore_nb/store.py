@@ -18,7 +18,6 @@ from safetensors.torch import load as load_tensors, save as save_tensors
 from torch import Tensor
 
 from .core import *
-from .core import unknown
 from .data import Preprocess
 from .ensemble import Ensemble
 from .patchcore import RUNTIME, PatchCore, reference_name, split_seed
@@ -57,7 +56,7 @@ def _write_ours(model:PatchCore, folder:Path, more:list[Path], prefix:str=''):
 def _read_values(path:Path)->dict:
     "Our JSON file, checked for its format."
     try: values = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError) as e: raise DataError(f'{path} cannot be read ({why(e)}): the model is damaged, fit it again') from None
+    except (OSError, ValueError, RecursionError) as e: raise DataError(f'{path} cannot be read ({first_line(e)}): the model is damaged, fit it again') from None
     if not isinstance(values, dict) or values.get('format') != FORMAT: raise DataError(f'{path} is not of the format {FORMAT!r}: it was written by another version, use that one or fit again')
     missing = {'params', 'learned', 'sha256'}-set(values)
     if missing: raise DataError(f"{path} lacks {', '.join(sorted(missing))}: the model is damaged, fit it again")
@@ -80,7 +79,7 @@ def _wake(folder:Path, state:dict, tensors:dict, runtime:dict, resized:bool=Fals
     try: return PatchCore.from_state(state, tensors, **runtime | devices)
     except Exception as e:
         if isinstance(e, DataError) or not set(runtime) <= set(RUNTIME) or (resized and isinstance(e, ArgumentError)): raise
-        raise DataError(f'{folder} holds a model that does not fit together ({why(e)}): fit it again') from None
+        raise DataError(f'{folder} holds a model that does not fit together ({first_line(e)}): fit it again') from None
 
 # %% ../nbs/08_store.ipynb #ce8b852a
 def _seen(params:dict, shape:tuple[int,int]|None)->tuple: # equal for equal sizes
@@ -118,14 +117,14 @@ def _read_tensors(folder:Path, prefix:str)->dict:
         if bank.ndim != 2: raise ValueError(f'a memory bank of shape {tuple(bank.shape)}')
         if bank.dtype != torch.float32 or not bank.isfinite().all(): raise ValueError('a memory bank that does not hold finite float32')
         return tensors
-    except Exception as e: raise DataError(f'{folder} holds a model that does not fit together ({why(e)}): fit it again') from None
+    except Exception as e: raise DataError(f'{folder} holds a model that does not fit together ({first_line(e)}): fit it again') from None
 
 def _load_ours(folder:Path, prefix:str, sizes:dict, shape:tuple[int,int]|None, runtime:dict)->PatchCore:
     "A model in our format."
     values = _read_values(folder/f'{prefix}{VALUES}')
     _check_digests(folder, values['sha256'], prefix)
     try: _same_size(values, dict(resize=values['params']['resize']), None)
-    except Exception as e: raise DataError(f'{folder/prefix}{VALUES} tells no size of images ({why(e)}): the model is damaged, fit it again') from None
+    except Exception as e: raise DataError(f'{folder/prefix}{VALUES} tells no size of images ({first_line(e)}): the model is damaged, fit it again') from None
     return _wake(folder, _at_size(values, sizes, shape), _read_tensors(folder, prefix), runtime, bool(sizes))
 
 # %% ../nbs/08_store.ipynb #d9d934a2
@@ -200,7 +199,7 @@ def read_reference_params(
         if type(d) is not dict or set(d) != set(REFERENCE_KEYS): raise ValueError('it is not a dict of the eight keys')
         return {k: _plain(k, d[k]) for k in REFERENCE_KEYS}
     except OSError as e: raise DataError(f'{path} cannot be read ({e.strerror}): check the path') from None
-    except Exception as e: raise DataError(f"{path} is refused ({why(e)}): only the reference's eight plain values are read from a pickle") from None
+    except Exception as e: raise DataError(f"{path} is refused ({first_line(e)}): only the reference's eight plain values are read from a pickle") from None
 
 # %% ../nbs/08_store.ipynb #8d812bab
 PARAMS, INDEX = 'patchcore_params.pkl', 'nnscorer_search_index.faiss'
@@ -319,7 +318,7 @@ def _read_ensemble(folder:Path, prefixes:list[str])->Calibration|None:
         others = [o for o in prefixes if not (path := folder/f'{o}{VALUES}').is_file() or digest(path) != values['sha256'][o]]
         if others: raise ValueError(f'{others[0]}{VALUES} is not the member that it was saved with')
         return None if values['calibration'] is None else read_calibration(values['calibration'])
-    except Exception as e: raise DataError(f'{folder/ENSEMBLE} cannot be read ({why(e)}): the model is damaged, copy the whole folder or fit it again') from None
+    except Exception as e: raise DataError(f'{folder/ENSEMBLE} cannot be read ({first_line(e)}): the model is damaged, copy the whole folder or fit it again') from None
 
 # %% ../nbs/08_store.ipynb #10c17a84
 def _load_ensemble(folder:Path, prefixes:list[str], sizes:dict, shape:tuple[int,int]|None, runtime:dict)->Ensemble:

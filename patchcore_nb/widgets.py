@@ -17,7 +17,7 @@ import traitlets
 from PIL import Image, ImageDraw
 
 from .core import *
-from .core import why as reason_of
+from .core import first_line
 from .data import Category
 from .evaluation import auroc, roc_curve
 from .explore import *
@@ -84,7 +84,7 @@ class Picture(anywidget.AnyWidget):
 def _said(line:W.HTML):
     "Show an error as a line, and take it away the next time."
     try: yield line.set_trait('value', '')
-    except PatchCoreError as e: line.value = f'<span style="color:#cc3311">{reason_of(e)}</span>'
+    except PatchCoreError as e: line.value = f'<span style="color:#cc3311">{first_line(e)}</span>'
 
 def _on(controls:Sequence[W.Widget], f:Callable):
     "Call a function whenever one of the controls changes."
@@ -312,8 +312,8 @@ class _Bench:
             self.said.value = 'at work …'
             found = judge_setting(self.lab, s)
             self.shown = exhibit(found.prediction, self.lab.test)
-            self.tried[s] = found.figures
-            self.said.value = ', '.join(f'{k.replace("_auroc", " AUROC")} <b>{v:.3f}</b>' for k, v in found.figures.items())+f', {found.n_patches:,} patches of {found.dim} values'
+            self.tried[s] = found.metrics
+            self.said.value = ', '.join(f'{k.replace("_auroc", " AUROC")} <b>{v:.3f}</b>' for k, v in found.metrics.items())+f', {found.n_patches:,} patches of {found.dim} values'
             self.table.value = tried_html(self.tried, s)
             self.scores.value = groups_svg(self.shown.scores, self.lab.labels)
             self.draw()
@@ -380,7 +380,7 @@ class _Labeller:
         "Show image and verdict, and how far one is."
         i, counts = self.at.value, tally_verdicts(self.v)
         try: im, self.error.value = read_image(self.v.images[i]), ''
-        except PatchCoreError as e: im, self.error.value = Image.new('RGB', (self.side, self.side//2), 'white'), f'<span style="color:#cc3311">{reason_of(e)}</span>'
+        except PatchCoreError as e: im, self.error.value = Image.new('RGB', (self.side, self.side//2), 'white'), f'<span style="color:#cc3311">{first_line(e)}</span>'
         u = self.side/max(im.size)
         im = im.resize([max(1, round(o*u)) for o in im.size], Image.Resampling.BICUBIC)
         self.picture.show(im, self.v.images[i].name)

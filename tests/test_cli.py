@@ -132,7 +132,7 @@ def test_resume_takes_no_other_data_for_its_own(call, tmp_path, data):
     assert code == 0 and 'resumed' not in out and (tmp_path/'results'/'project'/'group_0').is_dir()
 
 
-@pytest.mark.parametrize('text', ['', '[]', '{"complete": false}', '{"complete": false, "settings": {}, "figures": 3}'])
+@pytest.mark.parametrize('text', ['', '[]', '{"complete": false}', '{"complete": false, "settings": {}, "metrics": 3}'])
 def test_resume_beside_an_odd_run(call, tmp_path, text):
     home = tmp_path/'results'/'project'/'group'
     home.mkdir(parents=True)

@@ -157,7 +157,7 @@ def test_unreadable_mask(root, content):
     with pytest.raises(DataError, match='001_mask.png'): read_masks(tile(root).test, PRE)
 
 def test_masks_missing_in_part(root):
-    "Left out, and said; the image figures stay."
+    "Left out, and said; the image metrics stay."
     drop(root/'tile/ground_truth/spot/000_mask.png')
     samples = tile(root).test
     assert [bool(o.mask) for o in samples] == [False, False, False, True]

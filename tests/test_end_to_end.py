@@ -1,4 +1,4 @@
-"The two promises at full size: the demo finds its defects, and the reference's script gets the reference's figures."
+"The two promises at full size: the demo finds its defects, and the reference's script gets the reference's metrics."
 import pandas as pd
 import pytest
 
@@ -22,7 +22,7 @@ def test_the_demo_finds_its_defects(demo_root, tmp_path):
 
 
 def test_the_references_script(testdata, tmp_path, monkeypatch):
-    "Its figures, its files, the next free folder, and the same bytes again."
+    "Its metrics, its files, the next free folder, and the same bytes again."
     monkeypatch.setenv('PATCHCORE_NB_WEIGHTS', str(testdata/'weights'))
     for _ in range(2):
         run(tmp_path, '''--seed 0 --save_patchcore_model --log_group G --log_project P RESULTS patch_core -b resnet18 -le layer2 -le layer3

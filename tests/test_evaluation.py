@@ -14,7 +14,7 @@ from sklearn import metrics
 
 from patchcore_nb.core import ArgumentError
 from patchcore_nb.evaluation import (area, aupimo_curves, aupimo_images, aupro, aupro_regions, auroc, auroc_pairs, average_precision,
-                                     counts, evaluate, f1max, no_pixel_figures, pro_curve, region_weights, roc_curve, seg_f1)
+                                     counts, evaluate, f1max, no_pixel_metrics, pro_curve, region_weights, roc_curve, seg_f1)
 from patchcore_nb.pixels import Tally, bin_floor, by_kind, centre_of, pixel_rows, slack, to_bins
 
 FEW = st.integers(-3, 3).map(float)                               # full of ties
@@ -137,7 +137,7 @@ def test_evaluate_agrees_with_its_parts(x):
     want |= dict(anomaly_aupro=aupro(*alone) if defect.any() else float('nan'), seg_f1=seg_f1(maps, masks, 0.))
     assert list(got) == list(want)
     assert list(got.values()) == pytest.approx(list(want.values()), abs=1e-12, nan_ok=True)
-    assert list(evaluate(image_scores, defect)) == [o for o in want if o.startswith('image')]+list(no_pixel_figures())
+    assert list(evaluate(image_scores, defect)) == [o for o in want if o.startswith('image')]+list(no_pixel_metrics())
 
 
 @tried(pictured(), st.sampled_from([.2, .5, 1.]))
@@ -213,7 +213,7 @@ def test_a_tally_is_as_good_as_exact(name):
     tally = Tally(map_threshold=float(np.median(maps)))
     for m, mask in zip(maps, masks): tally.add(m[None], [mask if mask.any() else None])
     want = evaluate(np.zeros(len(maps)), masks.any((1, 2)), maps, masks, map_threshold=tally.map_threshold)
-    got, bounds = tally.figures(), tally.bounds()
+    got, bounds = tally.metrics(), tally.bounds()
     assert list(got) == [k for k in want if not k.startswith('image_')]
     for k, v in got.items():
         if 'threshold' not in k: assert v == pytest.approx(want[k], abs=1e-4), k
@@ -226,7 +226,7 @@ def test_a_tally_is_as_good_as_exact(name):
 def test_a_tally_keeps_its_bounds(x):
     maps, masks = x
     tally = Tally().add(maps, masks)
-    got, want = tally.figures(), evaluate(np.zeros(len(maps)), masks.any((1, 2)), maps, masks)
+    got, want = tally.metrics(), evaluate(np.zeros(len(maps)), masks.any((1, 2)), maps, masks)
     for k, v in tally.bounds().items(): assert isnan(v) and isnan(want[k]) or abs(got[k]-want[k]) <= v+1e-9, k
     assert {k for k, v in got.items() if isnan(v)} == {k for k, v in want.items() if isnan(v) and not k.startswith('image_')}
 
@@ -246,10 +246,10 @@ def test_a_tally_does_not_see_how_images_are_cut_into_chunks():
     wide.add(maps[:9], masks[:9], labels[:9])._widen()                       # as from four billion pixels on
     wide.add(maps[9:], masks[9:], labels[9:])
     for o in (parts, wide):
-        assert o.figures() == whole.figures() and o.bounds() == whole.bounds()
+        assert o.metrics() == whole.metrics() and o.bounds() == whole.bounds()
         for k, v in o.rows().items(): assert np.array_equal(v, whole.rows()[k])
     want = evaluate(np.zeros(24), labels, maps, masks)
-    for k, v in whole.figures().items(): assert v == pytest.approx(want[k], abs=1e-4)
+    for k, v in whole.metrics().items(): assert v == pytest.approx(want[k], abs=1e-4)
     assert want['aupimo'] != evaluate(np.zeros(24), masks.any((1, 2)), maps, masks)['aupimo']
 
 def test_large_defects_leave_a_sketch():
@@ -257,7 +257,7 @@ def test_large_defects_leave_a_sketch():
     maps, masks = rng.normal(size=(4, 300, 300)).astype(np.float32), np.zeros((4, 300, 300), bool)
     masks[2:, 20:280, 10:250] = True
     maps[2:] += 3*masks[2:]
-    got, want = Tally().add(maps, masks).figures(), evaluate(np.zeros(4), masks.any((1, 2)), maps, masks)
+    got, want = Tally().add(maps, masks).metrics(), evaluate(np.zeros(4), masks.any((1, 2)), maps, masks)
     assert got['aupimo'] == pytest.approx(want['aupimo'], abs=1e-4)
 
 @pytest.mark.parametrize('name', ['normal', 'heavy_tail', 'ties', 'late_and_far', 'constant'])

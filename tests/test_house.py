@@ -39,19 +39,18 @@ def code_cells(path):
 def pictures(outputs): return [o for o in outputs if any(k in o.get('data', {}) for k in ('image/png', 'image/jpeg')) or 'image/svg+xml' in o.get('data', {})]
 
 
-# Who may import whom. The stages 01 to 06 know core alone; a lettered notebook also knows its own number.
+# Who may import whom. The stages 01 to 06 know 00 alone, and what is sorted before them within their own number.
 # 08 knows 01 and 06, because a saved model says how images are cut and what scores are held against; 09 knows 01, because a report shows test images, whose masks are read by the rules of the data.
 MAY = {0: set(), **dict.fromkeys(range(1, 7), {0}), 8: {0, 1, 6, 7}, 9: {0, 1, 6, 7}, 12: set(range(11))}
 
 def place(notebook):
-    "'02a_filterbank.ipynb' -> (2, 'a')"
-    number, letter = re.match(r'(\d\d)([a-z]?)_', notebook).groups()
-    return int(number), letter
+    "'02a_filterbank.ipynb' -> (2, '02a_filterbank')"
+    return int(notebook[:2]), notebook.removesuffix('.ipynb')
 
 def allowed(importer, imported):
-    "Whether the notebook at one place may import the module of another."
-    (n, letter), (m, other) = importer, imported
-    return other < letter if m == n else m in MAY.get(n, set(range(n)))
+    "Whether the notebook at one place may import the module of another: within a number, those that are sorted before it."
+    (n, name), (m, other) = importer, imported
+    return other < name if m == n else m in MAY.get(n, set(range(n)))
 
 def our_imports(tree):
     "Modules of the package that a syntax tree imports, at the top or inside functions."
@@ -68,9 +67,10 @@ def origin(path):
     return found and found[1]
 
 def test_the_import_rule_itself():
-    assert place('02a_filterbank.ipynb') == (2, 'a')
-    assert allowed((2, ''), (0, '')) and allowed((2, 'a'), (2, '')) and allowed((7, ''), (2, 'a')) and allowed((12, ''), (10, ''))
-    assert not any(allowed(*pair) for pair in [((2, ''), (2, 'a')), ((2, ''), (1, '')), ((2, 'a'), (1, '')), ((0, ''), (1, '')), ((8, ''), (9, '')), ((12, ''), (11, ''))])
+    assert place('02a_filterbank.ipynb') == (2, '02a_filterbank')
+    low, extractor, filters, model, commands = (2, '02_a'), (2, '02_extractor'), (2, '02a_filterbank'), (7, '07_patchcore'), (12, '12_cli')
+    assert allowed(extractor, (0, '00_core')) and allowed(filters, extractor) and allowed(extractor, low) and allowed(model, filters) and allowed(commands, (10, '10_experiment'))
+    assert not any(allowed(*pair) for pair in [(extractor, filters), (extractor, (1, '01_data')), (filters, (1, '01_data')), ((0, '00_core'), (1, '01_data')), ((8, '08_store'), (9, '09_plots')), (commands, (11, '11_widgets'))])
     tree = ast.parse('import os, patchcore_nb.core\nfrom patchcore_nb.data import x\nfrom .demo import y\ndef f(): from patchcore_nb import store\nfrom . import plots')
     assert set(our_imports(tree)) == {'core', 'data', 'demo', 'store', 'plots'}
 

@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 from patchcore_nb.core import ArgumentError
 from patchcore_nb.evaluation import evaluate, region_weights
-from patchcore_nb.intervals import auroc_interval, auroc_variance, bootstrap, compare, is_figure, naive_figures, over_seeds, perfect_auroc_bound, resampled_figures, resamples
+from patchcore_nb.intervals import auroc_interval, auroc_variance, bootstrap, compare, is_metric, naive_metrics, over_seeds, perfect_auroc_bound, resampled_metrics, resamples
 
 BINS = 7
 
@@ -46,8 +46,8 @@ def judged(draw):
 @tried(judged(), st.sampled_from([(0.3, 0.05), (1, 0.01), (0.3,)]))
 def test_all_resamples_at_once_are_one_after_another(x, limits):
     scores, labels, maps, masks, weights = x
-    fast = resampled_figures(weights, scores, labels, count_rows(maps, masks), limits)
-    slow = naive_figures(weights, scores, labels, maps.astype(float), masks, limits)
+    fast = resampled_metrics(weights, scores, labels, count_rows(maps, masks), limits)
+    slow = naive_metrics(weights, scores, labels, maps.astype(float), masks, limits)
     assert fast.keys() == slow.keys()
     for k in slow: assert fast[k] == pytest.approx(slow[k], abs=1e-9, nan_ok=True), k
 
@@ -56,8 +56,8 @@ def test_all_resamples_at_once_are_one_after_another(x, limits):
 def test_the_order_of_the_images_says_nothing(x):
     scores, labels, maps, masks, weights = x
     rows, turn = count_rows(maps, masks), np.random.default_rng(0).permutation(len(labels))
-    fast = resampled_figures(weights, scores, labels, rows)
-    turned = resampled_figures(weights[:, turn], scores[turn], labels[turn], [o[turn] for o in rows])
+    fast = resampled_metrics(weights, scores, labels, rows)
+    turned = resampled_metrics(weights[:, turn], scores[turn], labels[turn], [o[turn] for o in rows])
     for k in fast: assert turned[k] == pytest.approx(fast[k], abs=1e-9, nan_ok=True)
 
 
@@ -65,7 +65,7 @@ def test_the_order_of_the_images_says_nothing(x):
 def test_the_value_is_evaluates(x):
     scores, labels, maps, masks, _ = x
     table = bootstrap(scores, labels, count_rows(maps, masks), n=3)
-    wanted = {k: v for k, v in evaluate(scores, labels, maps, masks).items() if is_figure(k)}
+    wanted = {k: v for k, v in evaluate(scores, labels, maps, masks).items() if is_metric(k)}
     assert list(table.index) == list(wanted)
     for k, v in wanted.items(): assert table.value[k] == pytest.approx(v, abs=1e-9, nan_ok=True), k
     bounded = table.dropna(subset=['low'])
@@ -95,7 +95,7 @@ def test_each_kind_is_drawn_in_its_number():
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
     "In the middle of the scale; 200 test sets, so two standard errors are three in a hundred."
-    found = [resampled_figures(resamples(labels, 300, i), scores, labels)['image_auroc'] for i, (scores, labels) in enumerate(map(drawn, range(200)))]
+    found = [resampled_metrics(resamples(labels, 300, i), scores, labels)['image_auroc'] for i, (scores, labels) in enumerate(map(drawn, range(200)))]
     ends, values = np.array([np.quantile(o, [0.025, 0.975]) for o in found]), [evaluate(*drawn(i))['image_auroc'] for i in range(200)]
     assert 0.88 <= ((ends[:, 0] <= 0.85) & (0.85 <= ends[:, 1])).mean() <= 0.99
     spread = np.std(values)                                       # how the figure varies over test sets, which the intervals estimate from one
@@ -146,7 +146,7 @@ def test_a_difference_is_the_resamples_of_both():
     (a, labels), (noise, _) = drawn(0), drawn(1)
     b = a+noise
     table, weights = compare(a, b, labels, n=500, seed=3), resamples(labels, 500, 3)
-    d = {k: naive_figures(weights, a, labels)[k]-v for k, v in naive_figures(weights, b, labels).items()}
+    d = {k: naive_metrics(weights, a, labels)[k]-v for k, v in naive_metrics(weights, b, labels).items()}
     for k, v in d.items():
         assert table.loc[k, ['low', 'high']].tolist() == pytest.approx(np.quantile(v, [0.025, 0.975]), abs=1e-9)
         sign = np.sign(table.difference[k])
@@ -176,7 +176,7 @@ def test_thousands_of_bins():
     items = np.tile(np.arange(3000)[::-1], 2)                     # each bin once for its good pixels and once for its defective ones
     for i, w in enumerate(weights):
         want = roc_auc_score(np.repeat([0, 1], 3000), items, sample_weight=np.concatenate([w @ good, w @ bad]))
-        assert resampled_figures(weights, scores, labels, [good, bad, bad/900])['pixel_auroc'][i] == pytest.approx(want, abs=1e-9)
+        assert resampled_metrics(weights, scores, labels, [good, bad, bad/900])['pixel_auroc'][i] == pytest.approx(want, abs=1e-9)
 
 
 @tried(hnp.arrays(float, st.tuples(st.integers(2, 5), st.integers(1, 4), st.integers(1, 3)), elements=st.floats(0, 1)))

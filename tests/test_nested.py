@@ -92,9 +92,9 @@ def test_a_sweep_is_its_separate_runs(cog, how):
     assert list(table.ratio) == [.002]*2+[.02]*2+[.1]*2 and list(table.k) == [1, 4]*3
     for row in table.itertuples():
         m = model(patch_score=how, ratio=row.ratio, k=row.k).fit(cog)
-        figures = judge(m.predict(cog.test), cog.test, m.preprocess_)
+        metrics = judge(m.predict(cog.test), cog.test, m.preprocess_)
         assert row.n_patches == len(m.memory_bank_)
-        assert row.image_auroc == pytest.approx(figures['image_auroc'], abs=1e-6) and row.pixel_auroc == pytest.approx(figures['pixel_auroc'], abs=1e-6)
+        assert row.image_auroc == pytest.approx(metrics['image_auroc'], abs=1e-6) and row.pixel_auroc == pytest.approx(metrics['pixel_auroc'], abs=1e-6)
 
 def test_a_sweep_reweights_by_as_many_neighbours_as_the_model(cog, monkeypatch):
     seen = []

@@ -23,7 +23,7 @@ def single(testdata): return load(testdata/'golden'/'model_single', weights_dir=
 
 def paths(testdata, names): return [testdata/'data'/'mvtec256'/'bottle'/str(o) for o in names]
 
-def figures(model, bottle):
+def metrics(model, bottle):
     "Every figure of the test set."
     p = model.predict(bottle.test)
     return evaluate(p.image_scores, [o.label for o in bottle.test], p.anomaly_maps, read_masks(bottle.test, model.preprocess_))
@@ -85,7 +85,7 @@ def test_batch_size_changes_nothing(testdata, single, bottle, by_eight, size):
 def test_fit_on_bottle(testdata, bottle):
     "ResNet-18 at ratio 0.01: as good as the reference, which has 1.0 and 0.9763."
     model = PatchCore('resnet18', ratio=.01, weights_dir=testdata/'weights').fit(bottle)
-    got = figures(model, bottle)
+    got = metrics(model, bottle)
     assert len(model.memory_bank_) == int(209*784*.01)
     assert got['image_auroc'] >= .998 and got['pixel_auroc'] == pytest.approx(.9763, abs=.002)
 
@@ -97,5 +97,5 @@ def test_one_seed_one_model(testdata, bottle):
 
 def test_filterbank_on_bottle(bottle):
     "A backbone without weights, at ratio 0.1, from every fifth training image for the sake of time."
-    got = figures(PatchCore('filterbank', ratio=.1).fit(bottle.train[::5]), bottle)
+    got = metrics(PatchCore('filterbank', ratio=.1).fit(bottle.train[::5]), bottle)
     assert got['image_auroc'] >= .94

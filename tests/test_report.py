@@ -18,7 +18,7 @@ from patchcore_nb.data import load_category, make_miniature, read_masks
 from patchcore_nb.ensemble import Ensemble
 from patchcore_nb.evaluation import evaluate
 from patchcore_nb.patchcore import PatchCore
-from patchcore_nb.report import SIDE, TEXTS, figure_name, figure_text, render, section, svg_histogram, texts
+from patchcore_nb.report import SIDE, TEXTS, metric_name, metric_text, render, section, svg_histogram, texts
 from patchcore_nb.thresholds import Calibration
 
 VOID = {'meta', 'img', 'br', 'hr', 'link', 'input', 'path', 'rect'}
@@ -50,10 +50,10 @@ class Page(HTMLParser):
 
 def figures_of(seen, category, masks):
     labels = np.array([o.label for o in category.test])
-    figures = evaluate(seen.over_set().image_scores, labels, *((seen.over_set().anomaly_maps, masks) if masks is not None else ()))
-    if seen.threshold is None: return figures
+    metrics = evaluate(seen.normalised_over_set().image_scores, labels, *((seen.normalised_over_set().anomaly_maps, masks) if masks is not None else ()))
+    if seen.threshold is None: return metrics
     called = seen.verdicts.numpy()
-    return figures | dict(threshold=seen.threshold, false_alarms=called[~labels].mean(), missed=(~called[labels]).mean())
+    return metrics | dict(threshold=seen.threshold, false_alarms=called[~labels].mean(), missed=(~called[labels]).mean())
 
 def judged(category, model=None, **kw):
     "A section of a small model."
@@ -73,12 +73,12 @@ def fitted(cog):
 def full(cog, fitted):
     "A section in which nothing is left out."
     model, seen, masks = fitted
-    figures = figures_of(seen, cog, masks) | dict(search_recall=.99987, my_own_figure=3.5, nothing=float('nan'))
+    metrics = figures_of(seen, cog, masks) | dict(search_recall=.99987, my_own_figure=3.5, nothing=float('nan'))
     intervals = pd.DataFrame([dict(low=.81, high=.95)], ['image_auroc'])
     kinds = pd.DataFrame(dict(image_auroc=[.93, .92, .91]), ['broken_tooth', 'corrosion', 'scratch'])
     suspects = pd.DataFrame([dict(image=cog.train[2].path, score=12.25, row=3, col=4)])
     stages = [dict(stage='fit', seconds=1.5, peak_mb=100.), dict(stage='a stage', seconds=.5, peak_mb=None)]
-    return section(model, cog, seen, figures, masks=masks, intervals=intervals, kinds=kinds, suspects=suspects, stages=stages)
+    return section(model, cog, seen, metrics, masks=masks, intervals=intervals, kinds=kinds, suspects=suspects, stages=stages)
 
 @pytest.fixture(scope='module')
 def tile(tmp_path_factory): return load_category('mvtec', make_miniature(tmp_path_factory.mktemp('tile'), n_train=3), 'tile')
@@ -125,7 +125,7 @@ def test_pictures_open_and_say_what_they_are(full, lang):
 @each_language
 def test_every_figure_is_there(full, lang):
     t, words = texts(lang), Page(render([full], HEAD, lang)).words()
-    for k, v in full['figures'].items(): assert f'{figure_name(k, t)} {figure_text(k, v)}' in words
+    for k, v in full['metrics'].items(): assert f'{metric_name(k, t)} {metric_text(k, v)}' in words
     for o in ('0.8100 – 0.9500', 'my own figure 3.5', 'nothing –', '99.987%', '0.9300', '12.25', 'a stage', 'patchcore_nb_run ...', 'torch 2.9', 'model.layers', 'demo_cog'): assert o in words
     assert 'nan' not in words.lower() and 'None' not in words
     assert t['promise_average'].format(rate=5.) in words
@@ -135,10 +135,10 @@ def test_every_figure_is_there(full, lang):
 
 def test_the_mean_is_over_those_that_have_the_figure(full):
     other = json.loads(json.dumps(full)) | dict(category='other')
-    other['figures'] |= dict(image_auroc=.5, pixel_auroc=None)
+    other['metrics'] |= dict(image_auroc=.5, pixel_auroc=None)
     words = Page(render([full, other], HEAD)).words()
     mean = re.search(r'Mean ([\d.]+) ([\d.]+) ', words)
-    assert mean[1] == f"{(full['figures']['image_auroc']+.5)/2:.4f}" and mean[2] == f"{full['figures']['pixel_auroc']:.4f}"
+    assert mean[1] == f"{(full['metrics']['image_auroc']+.5)/2:.4f}" and mean[2] == f"{full['metrics']['pixel_auroc']:.4f}"
 
 def test_a_section_is_json(full):
     text = json.dumps(full, allow_nan=False)
@@ -179,7 +179,7 @@ def test_a_category_of_good_images_alone(tile, lang):
 def test_a_category_without_masks(tile, lang):
     s = judged(replace(tile, test=[replace(o, mask=None) for o in tile.test]))
     page = Page(render([s], {}, lang))
-    assert s['curves']['image_roc'] and not s['curves']['pro'] and s['figures']['aupro'] is None
+    assert s['curves']['image_roc'] and not s['curves']['pro'] and s['metrics']['aupro'] is None
     assert page.words().count(texts(lang)['no_mask']) == 2 and texts(lang)['pro'] not in page.words()
 
 def test_some_masks_are_shown_where_others_are_missing(tile):

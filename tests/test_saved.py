@@ -214,7 +214,7 @@ def test_what_is_refused(call, program, words, status, says):
     assert not Path('predictions').exists()
 
 def test_what_is_left_of_an_evaluation_that_dies(call, data):
-    "The categories before the one that failed have their figures."
+    "The categories before the one that failed have their metrics."
     run = fit(call, dataset=f'{SMALL} -d tile')
     shutil.copytree(f'{run}/models/mvtec_tile', 'broken')
     with open('broken/model.safetensors', 'r+b') as f: f.seek(-1, 2); f.write(b'\1')
@@ -335,7 +335,7 @@ def test_the_threshold_of_an_ensemble_is_saved(tmp_path):
     kw = dict(weights='random', train_val_split=.5, target_dim=32, resize=64, imagesize=64, device='cpu')
     pair = Ensemble(PatchCore('resnet18', ['layer2'], **kw), PatchCore('resnet18', ['layer3'], **kw)).fit(images)
     again = store.load(store.save(pair, tmp_path/'m', 'ours'), device='cpu')
-    assert again.threshold_ == pair.threshold_ > 0 and pair.predict(images[:3]).over_set().verdicts is None
+    assert again.threshold_ == pair.threshold_ > 0 and pair.predict(images[:3]).normalised_over_set().verdicts is None
     assert again.calibration_ == pair.calibration_ and len(again.calibration_) == 22 and again.calibration_.promise == 'average'
     held = pair.predict(pair.models[0].held_)
     assert held.verdicts.float().mean() <= .05 and again.predict(images[:3]).p_values.equal(pair.predict(images[:3]).p_values)
@@ -344,13 +344,13 @@ def test_the_threshold_of_an_ensemble_is_saved(tmp_path):
     with pytest.raises(Exception, match='belongs to other members'): store.load(tmp_path/'m', device='cpu')
 
 def test_the_references_ensemble(testdata):
-    "Each member's scores, the combined figures, and one image for itself."
+    "Each member's scores, the combined metrics, and one image for itself."
     z = np.load(testdata/'golden'/'predict_ensemble.npz')
     model = store.load(testdata/'golden'/'model_ensemble', weights_dir=testdata/'weights', device='cpu')
     bottle = load_category('mvtec', testdata/'data'/'mvtec256', 'bottle')
     seen = model.predict(bottle.test)
     for o, want in zip(seen.members, z['member_scores']): assert np.abs(o.image_scores.numpy()/want-1).max() < 1e-3
-    whole, labels, masks = seen.over_set(), [o.label for o in bottle.test], read_masks(bottle.test, model.preprocess_)
+    whole, labels, masks = seen.normalised_over_set(), [o.label for o in bottle.test], read_masks(bottle.test, model.preprocess_)
     got = evaluate(whole.image_scores, labels, whole.anomaly_maps, masks)
     for name, want in (('image_auroc', .9992), ('pixel_auroc', .9716), ('anomaly_pixel_auroc', .9621)): assert got[name] == pytest.approx(want, abs=.001), name
     alone = evaluate(seen.image_scores, labels, seen.anomaly_maps, masks)

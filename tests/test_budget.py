@@ -22,7 +22,7 @@ from patchcore_nb.core import ArgumentError, DataError
 from patchcore_nb.data import load_category, make_miniature
 from patchcore_nb.demo import demo_sample
 from patchcore_nb.ensemble import Ensemble
-from patchcore_nb.intervals import is_figure
+from patchcore_nb.intervals import is_metric
 from patchcore_nb.patchcore import PatchCore
 
 BENCH = Path(__file__).resolve().parents[1]/'benchmarks'
@@ -140,7 +140,7 @@ def test_a_full_disk_is_one_line(call, tmp_path, monkeypatch, no_room):
 LIMITED = '''
 import resource, signal, sys
 from patchcore_nb.core import DataError
-from patchcore_nb.memory import spilled
+from patchcore_nb.budget import spilled
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
 try: spilled(1000, 1000, sys.argv[1])
@@ -172,7 +172,7 @@ def test_nothing_is_left_after_an_error(cogs, tmp_path):
 
 KILLED = '''
 import sys, time
-from patchcore_nb.memory import spilled
+from patchcore_nb.budget import spilled
 bank = spilled(1000, 1000, sys.argv[1]).fill_(1)
 print('there', flush=True)
 time.sleep(60)
@@ -221,11 +221,11 @@ def test_bottle(testdata, tmp_path):
 @pytest.fixture(scope='module')
 def tile(tmp_path_factory): return load_category('mvtec', make_miniature(tmp_path_factory.mktemp('tiles'), n_train=6), 'tile')
 
-def close(name): return dict(abs=1e-4) if is_figure(name) else dict(rel=1e-4) # a score is as fine as its bin
+def close(name): return dict(abs=1e-4) if is_metric(name) else dict(rel=1e-4) # a score is as fine as its bin
 
 @pytest.mark.parametrize('members', [1, 2])
 def test_counted_figures_are_the_exact_ones(tile, tmp_path, members):
-    "Figures, kinds and intervals with the maps in a file, against all in memory; 1e-4 is the promise for figures, and rows are coarser."
+    "Figures, kinds and intervals with the maps in a file, against all in memory; 1e-4 is the promise for metrics, and rows are coarser."
     kw = dict(spill_dir=tmp_path, false_alarms=.3) # a rate that six images allow
     model = Ensemble(*(small(seed=i, **kw) for i in range(members))).fit(tile) if members > 1 else small(**kw).fit(tile)
     sorted_ = model.predict(tile.test)
@@ -235,11 +235,11 @@ def test_counted_figures_are_the_exact_ones(tile, tmp_path, members):
         counted = model.predict(tile.test)
         assert counted.counted and not sorted_.counted and torch.equal(counted.anomaly_maps, sorted_.anomaly_maps)
         pixels = [experiment.read_pixels(o, tile.test, model.preprocess_) for o in (sorted_, counted)]
-        figures = [experiment.judge(o, tile.test, model.preprocess_, p) for o, p in zip((sorted_, counted), pixels)]
-        details = [experiment.look_closer(o, tile.test, f, p) for o, f, p in zip((sorted_, counted), figures, pixels)]
+        metrics = [experiment.judge(o, tile.test, model.preprocess_, p) for o, p in zip((sorted_, counted), pixels)]
+        details = [experiment.look_closer(o, tile.test, f, p) for o, f, p in zip((sorted_, counted), metrics, pixels)]
     assert pixels[0].masks is not None and pixels[1].masks is None and pixels[1].curves
-    assert figures[0].keys() == figures[1].keys() and 'seg_f1' in figures[0]
-    for k, v in figures[0].items(): assert figures[1][k] == pytest.approx(v, **close(k), nan_ok=True), k
+    assert metrics[0].keys() == metrics[1].keys() and 'seg_f1' in metrics[0]
+    for k, v in metrics[0].items(): assert metrics[1][k] == pytest.approx(v, **close(k), nan_ok=True), k
     for a, b in zip(*details):
         assert list(a.index) == list(b.index)
         for k in a: assert b[k].tolist() == pytest.approx(a[k].tolist(), abs=5e-3, nan_ok=True), k
@@ -253,7 +253,7 @@ def test_a_run_that_counts_writes_the_same_report(tile, tmp_path, monkeypatch):
     assert names[0] == names[1] and 'report.html' in names[0]
     a, b = (json.loads((o.folder/'report'/f'{tile.key}.json').read_text(encoding='utf-8')) for o in runs)
     assert a['pictures'] == b['pictures'] and a['curves']['image_roc'] == b['curves']['image_roc']
-    for k, v in a['figures'].items(): assert b['figures'][k] == pytest.approx(v, **close(k)), k
+    for k, v in a['metrics'].items(): assert b['metrics'][k] == pytest.approx(v, **close(k)), k
     for k in ('pixel_roc', 'pro'): assert abs(trapezoid(*a['curves'][k][::-1])-trapezoid(*b['curves'][k][::-1])) < 5e-3
 
 def test_the_plan_says_that_pixels_are_counted():
