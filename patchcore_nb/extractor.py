@@ -9,10 +9,13 @@ __all__ = ['ALIASES', 'LIBRARIES', 'ENDINGS', 'HEADS', 'PRECISIONS', 'register_b
 
 # %% ../nbs/02_extractor.ipynb #f6776076
 import logging, os, re
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -191,9 +194,6 @@ def create_backbone(
     return model.eval().requires_grad_(False)
 
 # %% ../nbs/02_extractor.ipynb #7844f072
-class _Enough(Exception):
-    "All wanted layers have been seen."
-
 def find_layers(
     model:nn.Module,      # the backbone
     layers:Sequence[str], # dotted names
@@ -253,11 +253,21 @@ class Extractor(nn.Module):
     ):
         super().__init__()
         if precision not in PRECISIONS: raise unknown('precision', precision, PRECISIONS)
-        self.backbone, self.layers, self.precision, self.layout = backbone.eval(), tuple(layers), precision, None
+        self.backbone, self.layers, self.precision = backbone.eval(), tuple(layers), precision
         self.cut = find_cut(backbone)
         find_layers(backbone, self.layers)
 
 # %% ../nbs/02_extractor.ipynb #e7a92f9a
+_LAYOUTS = WeakKeyDictionary() # network -> the order in memory that its weights have
+_LOCK = Lock()                 # held while a network that threads share is changed
+
+def _lay_out_weights(backbone:nn.Module, layout:torch.memory_format):
+    "Bring a network's weights into an order in memory, unless they have it already."
+    with _LOCK:
+        if _LAYOUTS.get(backbone) == layout: return
+        with torch.inference_mode(False): backbone.to(memory_format=layout) # or nobody could ask these weights for gradients any more
+        _LAYOUTS[backbone] = layout
+
 @patch
 def padded_size(self:Extractor,
     size:Sequence[int], # (H, W) of the images, pixels
@@ -274,12 +284,44 @@ def _lower_precision(self:Extractor, device:torch.device):
 def _lay_out(self:Extractor, images:Tensor)->Tensor: # the images, padded
     "Pad the images, and bring them and the network's weights into the order in memory that suits the device."
     layout = torch.channels_last if images.device.type == 'cpu' else torch.contiguous_format
-    if self.layout != layout:
-        with torch.inference_mode(False): self.backbone.to(memory_format=layout) # or nobody could ask these weights for gradients any more
-    self.layout = layout
+    _lay_out_weights(self.backbone, layout)
     return pad_images(images, *self.padded_size(images.shape[2:])).contiguous(memory_format=layout)
 
 # %% ../nbs/02_extractor.ipynb #9c714a7d
+class _Enough(Exception):
+    "All wanted layers have been seen."
+
+class _Pass:
+    "One forward pass: the modules that it waits for, and what they have yielded so far."
+    def __init__(self, modules:Sequence[nn.Module], stop:bool):
+        self.waits, self.stop, self.seen = frozenset(modules), stop, {}
+
+_PASS = ContextVar('pass', default=None) # the one under way in this thread
+
+def _hand_over(module:nn.Module, args:tuple, out):
+    "Give a module's output to the forward pass that is under way in this thread, if it waits for it."
+    current = _PASS.get()
+    if current is None or module not in current.waits: return
+    current.seen[module] = out
+    if current.stop and len(current.seen) == len(current.waits): raise _Enough
+
+# %% ../nbs/02_extractor.ipynb #cb4b52f8
+def _install(modules:Sequence[nn.Module]):
+    "Hang the hook on each module that does not have it."
+    with _LOCK:
+        for o in modules:
+            if _hand_over not in o._forward_hooks.values(): o.register_forward_hook(_hand_over)
+
+@contextmanager
+def _listen(modules:Sequence[nn.Module], stop:bool)->Iterator[dict]: # module -> what it yielded
+    "Collect what modules yield in this thread, and end the block early if `stop` when all have spoken."
+    _install(modules)
+    current = _Pass(modules, stop)
+    token = _PASS.set(current)
+    try: yield current.seen
+    except _Enough: pass
+    finally: _PASS.reset(token)
+
 @patch
 @torch.inference_mode()
 def forward(self:Extractor,
@@ -287,17 +329,10 @@ def forward(self:Extractor,
     stop:bool=True,   # when the last wanted layer has spoken? else the whole network runs, for whoever wants its cost
 )->dict[str,Tensor]: # layer -> (B, C, h, w)
     "Feature maps of the wanted layers, which cover `padded_size` of the images."
-    images, seen, modules = self._lay_out(images), {}, find_layers(self.backbone, self.layers)
-    def catch(name, out):
-        seen[name] = out
-        if stop and len(seen) == len(self.layers): raise _Enough
-    hooks = [m.register_forward_hook(lambda m, args, out, name=name: catch(name, out)) for name, m in zip(self.layers, modules)]
-    try:
-        with full_precision(), self._lower_precision(images.device): self.backbone(images)
-    except _Enough: pass
-    finally:
-        for o in hooks: o.remove()
-    return {o: _as_map(o, m, seen.get(o), images.shape, self.cut) for o, m in zip(self.layers, modules)}
+    modules = find_layers(self.backbone, self.layers)
+    images = self._lay_out(images)
+    with full_precision(), self._lower_precision(images.device), _listen(modules, stop) as seen: self.backbone(images)
+    return {o: _as_map(o, m, seen.get(m), images.shape, self.cut) for o, m in zip(self.layers, modules)}
 
 # %% ../nbs/02_extractor.ipynb #ac5aa048
 def _unfold_tokens(module:nn.Module, out, shape:Sequence[int], cut:Cut):
