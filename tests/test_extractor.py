@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from patchcore_nb import extractor
+from patchcore_nb import build, extractor
 from patchcore_nb.core import ArgumentError, DataError
 from patchcore_nb.extractor import Extractor, create_backbone, find_backbone, find_weights, map_shapes, put_weights, read_weights
 from patchcore_nb.patchcore import PatchCore
@@ -70,7 +70,7 @@ def test_layers_that_are_no_maps(name, layer):
     with pytest.raises(ArgumentError, match='yields .* not a map'): map_shapes(Extractor(create_backbone(name, 'random'), [layer]), 224)
 
 def test_images_too_small_for_the_backbone():
-    with pytest.raises(ArgumentError, match='another --imagesize'): PatchCore('densenet121', ['features.denseblock4'], weights='random', resize=8, imagesize=8, ratio=1).fit(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ArgumentError, match='another imagesize'): PatchCore('densenet121', ['features.denseblock4'], weights='random', resize=8, imagesize=8, ratio=1).fit(torch.zeros(1, 3, 8, 8))
 
 @pytest.mark.parametrize('name, near', [('resnet-18', 'resnet18'), ('wideresnet', 'wideresnet50'), ('filterbnk', 'filterbank'), ('resnetv2_50x', 'resnetv2_50')])
 def test_unknown_backbones(name, near):
@@ -145,9 +145,9 @@ def test_cut_off_weights(tmp_path, state):
 def test_no_weights_to_be_had(tmp_path, monkeypatch):
     "What was tried, what to supply and where, and the way without."
     def no_network(*args, pretrained): raise OSError('<urlopen error [Errno 111] Connection refused>\nin two lines')
-    monkeypatch.setattr(extractor, '_build', no_network)
+    monkeypatch.setattr(build, 'build_network', no_network)
     with pytest.raises(DataError) as e: create_backbone('wideresnet50', weights_dir=tmp_path)
-    for part in ('wideresnet50.safetensors, .pth or .pt', 'Connection refused', '--weights_dir', 'PATCHCORE_NB_WEIGHTS', 'filterbank'): assert part in str(e.value)
+    for part in ('wideresnet50.safetensors, .pth or .pt', 'Connection refused', 'weights_dir', 'PATCHCORE_NB_WEIGHTS', 'filterbank'): assert part in str(e.value)
     assert len(str(e.value).splitlines()) == 1
     with pytest.raises(DataError, match='weights folder .* is not there'): create_backbone('resnet18', weights_dir=tmp_path/'none')
 
