@@ -1,5 +1,6 @@
 "The tools behind make: the generator of README and its like, and the check that clean and export change nothing."
 import base64
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,45 @@ def test_links_to_names_without_an_entry_are_taken_back(processed):
     links.unlink(processed, 'https://s/x')
     text = (processed/'index.ipynb').read_text(encoding='utf-8')
     assert links.broken(processed, 'https://s/x') == [] and ' `g` ' in text and 'first.html#f' in text
+
+SIGNATURE = '### f\n\n```python\ndef f(\n    a, # as [`g`](https://s/x/tutorials/first.html#f) and [`L`](https://lib/basics.html#l) take it\n):\n```\n\n[`f`](https://s/x/tutorials/first.html#f)'
+
+def pieces(path):
+    "Every text of a notebook's file, as it is stored."
+    for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
+        yield cell['source']
+        for out in cell.get('outputs', []): yield from [out[k] for k in ('text',) if k in out]+[v for k, v in out.get('data', {}).items() if k.startswith('text/')]
+
+def test_texts_are_written_as_lines(processed):
+    "Quarto loses the line ends of a text in one piece: headings would swallow paragraphs, and code would run inline."
+    pages = [processed/'index.ipynb', processed/'tutorials/01_first.ipynb']
+    for path in pages:
+        nb = nbformat.read(path, 4)
+        nb.cells.append(new_code_cell('1\n2', outputs=[said('a\nb\n'), shown(text_markdown='c\n\nd')]))
+        text = json.loads(nbformat.writes(nb))
+        for cell in text['cells']: cell['source'] = ''.join(cell['source'])
+        path.write_text(json.dumps(text), encoding='utf-8')
+    assert links.garbled(processed) == [f'{path.relative_to(processed).as_posix()}, cell {i}: a text is no list of lines' for path in pages for i in range(len(nbformat.read(path, 4).cells))]
+    links.unlink(processed, 'https://s/x')
+    assert links.garbled(processed) == []
+    for text in (o for path in pages for o in pieces(path)):
+        assert isinstance(text, list) and all(line.endswith('\n') for line in text[:-1]) and not any('\n' in line[:-1] for line in text)
+
+def test_signatures_hold_no_links(processed):
+    "They are code: a link in it is brackets and an address."
+    path = processed/'tutorials/01_first.ipynb'
+    nb = nbformat.read(path, 4)
+    nb.cells += [new_code_cell('#| echo: false\nshow_doc(f)', outputs=[shown(text_markdown=SIGNATURE)]), new_markdown_cell(SIGNATURE)]
+    nbformat.write(nb, path)
+    assert links.garbled(processed) == ['tutorials/01_first.ipynb, cell 4: a link within a signature']
+    links.unlink(processed, 'https://s/x')
+    made = nbformat.read(path, 4).cells
+    text = made[4].outputs[0].data['text/markdown']
+    assert 'a, # as `g` and `L` take it' in text and text.endswith('[`f`](https://s/x/tutorials/first.html#f)') and links.garbled(processed) == []
+    assert made[5].source == SIGNATURE # what is written in a notebook's own code block stays as it is
+
+@pytest.mark.parametrize('text, right', [([], True), (['a'], True), (['a\n', 'b'], True), (['a\n', 'b\n'], True), ('a', False), ('', False), (['a', 'b'], False), (['a\nb'], False), (['a\n', 'b\nc\n'], False)])
+def test_lists_of_lines(text, right): assert links.in_lines(text) == right
 
 @pytest.mark.parametrize('link', ['no.ipynb', 'tutorials/01_first.ipynb#no', '#no', 'no.png', '../LICENSE', 'https://s/x/no.html', 'https://s/x/tutorials/first.html#no'])
 def test_broken_links_are_found(processed, link):
