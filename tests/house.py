@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT/'tools'))
-from readme import directives, joined # noqa: E402
+from readme import directives, joined
 
 MEDIAN, P90 = 7, 16 # expression nodes of a statement
 PARALLEL = 2.4      # per cent of statements, less than

@@ -3,9 +3,12 @@ import ast
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import zipfile
 from configparser import ConfigParser
+from email.parser import Parser
 from pathlib import Path
 
 import house
@@ -304,6 +307,35 @@ def test_metadata():
     assert len({r.name for r in runtime + dev}) == len(runtime + dev), 'a requirement is listed twice'
     assert patchcore_nb.__version__ == SETTINGS['version']
     assert {('name', SETTINGS['lib_name']), ('requires-python', f">={SETTINGS['min_python']}")} <= set(re.findall(r'^([\w-]+) ?= ?"(.*)"$', (ROOT/'pyproject.toml').read_text(encoding='utf-8'), re.MULTILINE))
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    "The package as it is published, built from a copy of what it is built from."
+    tree = tmp_path_factory.mktemp('tree')
+    for name in ('settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE'): shutil.copy(ROOT/name, tree)
+    shutil.copytree(PACKAGE, tree/PACKAGE.name, ignore=shutil.ignore_patterns('__pycache__'))
+    command = [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '--no-index', '.', '-w', 'made']
+    made = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout+made.stderr
+    with zipfile.ZipFile(next((tree/'made').glob('*.whl'))) as z: yield z
+
+def test_a_wheel_holds_every_file(wheel):
+    "The modules, and what they read: templates, styles, the marker of typed packages."
+    files = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob('*') if p.is_file() and p.suffix != '.pyc'}
+    assert 'patchcore_nb/py.typed' in files
+    assert {o for o in wheel.namelist() if '.dist-info/' not in o} == files
+
+def test_a_wheel_says_what_the_settings_say(wheel):
+    "State and licence by nbdev's own keys; an extra for each list of requirements, and one for all of them."
+    said = Parser().parsestr(wheel.read(next(o for o in wheel.namelist() if o.endswith('METADATA'))).decode())
+    assert said['Version'] == SETTINGS['version'] and said['License-Expression'] == 'Apache-2.0' and SETTINGS['license'] == 'apache2'
+    assert [o for o in said.get_all('Classifier') if o.startswith('Development Status')] == [f"Development Status :: {SETTINGS['status']} - Alpha"]
+    lists = {k.removesuffix('_requirements'): shlex.split(v) for k, v in SETTINGS.items() if k.endswith('_requirements')}
+    assert {'dev', 'docs'} <= lists.keys() and set(said.get_all('Provides-Extra')) == {*lists, 'all'}
+    required = [Requirement(o) for o in said.get_all('Requires-Dist')]
+    def of(extra): return {o.name for o in required if o.marker and f'extra == "{extra}"' in str(o.marker)}
+    for extra, wanted in lists.items(): assert of(extra) == {Requirement(o).name for o in wanted}
+    assert of('all') == set().union(*map(of, lists))
 
 def test_site_configuration():
     site = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
