@@ -110,7 +110,7 @@ def test_text_files_are_opened_as_utf8(path):
     assert not [f'{path.name}:{n.lineno}' for n in bare]
 
 
-# How the code reads, and how the notebooks do. `python tests/house.py` prints where we stand.
+# How the code reads, and how the notebooks do. `python tools/house.py` prints where we stand.
 # What is not reached yet, and what it waits for: a line goes when its rule holds.
 NOT_YET = {
     'nodes': 'the redesign of the notebooks is under way',

@@ -1,4 +1,4 @@
-"""How the house reads, in numbers: `python tests/house.py` prints the table that test_house.py holds the limits of.
+"""How the house reads, in numbers: `python tools/house.py` prints the table whose limits tests/test_house.py holds.
 
 The limits come from what reads well elsewhere: in fastcore, nbdev, miniai, einops, scikit-learn, timm and minGPT a
 statement holds five or six expression nodes (10 to 15 at the 90th percentile), and under 2.4% of statements assign
@@ -15,10 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT/'tools'))
 from readme import directives, joined
 
+ROOT = Path(__file__).resolve().parents[1]
 MEDIAN, P90 = 7, 16 # expression nodes of a statement
 PARALLEL = 2.4      # per cent of statements, less than
 COLUMNS = 110
