@@ -237,3 +237,23 @@ def test_sphinx_renders_what_quarto_would(processed, tmp_path_factory):
     out = tmp_path_factory.mktemp('site')/'docs'
     look.render(processed, out, 'T', 'https://s/x', 'https://github.com/a/b')
     assert (out/'tutorials/first.html').exists() and links.broken_html(out) == []
+
+
+def test_changed(project):
+    "What differs from the main branch is run, committed or not; what does not is left alone, and so is what is no notebook."
+    def git(*words): subprocess.run(['git', '-c', 'user.name=a', '-c', 'user.email=a@b', *words], cwd=project, check=True, capture_output=True)
+    nbformat.write(notebook('# Wrong\n\n> s', ('1/0',)), project/'nbs/02_wrong.ipynb')
+    for words in (['init', '-q', '-b', 'main'], ['add', '.'], ['commit', '-qm', 'a']): git(*words)
+    result = run('changed.py', project)
+    assert result.returncode == 0 and result.stdout == 'Notebooks that differ from main: none\n', result.stderr
+    git('switch', '-qc', 'mine')
+    change(project/'nbs/00_core.ipynb', 'return 1', 'return 2')
+    git('commit', '-qam', 'b')
+    nbformat.write(notebook('# New\n\n> s', ('assert True',)), project/'nbs/03_new.ipynb')
+    result = run('changed.py', project)
+    assert result.returncode == 0 and 'main: 00_core.ipynb, 03_new.ipynb\n' in result.stdout and 'Success' in result.stdout, result.stderr
+    nbformat.write(notebook('# Wrong\n\n> s', ('2/0',)), project/'nbs/02_wrong.ipynb')
+    result = run('changed.py', project)
+    assert result.returncode == 1 and 'ZeroDivisionError' in result.stdout+result.stderr
+    result = run('changed.py', project, '--base', 'no')
+    assert result.returncode == 1 and 'git merge-base HEAD no' in result.stderr
