@@ -24,7 +24,7 @@ test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests
 
 ## make quick   pip install -e '.[dev]'  then python tools/check_clean.py; ruff check; python tools/changed.py (the notebooks that differ from main); pytest of a few tests: three minutes
-QUICK := $(addprefix tests/test_,house.py numerics.py guide.py nested.py)
+QUICK := $(addprefix tests/test_,house.py numerics.py guide.py)
 quick: $(VENV)/installed-dev
 	$(BIN)/python tools/check_clean.py
 	$(BIN)/ruff check

@@ -337,6 +337,10 @@ def test_a_wheel_says_what_the_settings_say(wheel):
     for extra, wanted in lists.items(): assert of(extra) == {Requirement(o).name for o in wanted}
     assert of('all') == set().union(*map(of, lists))
 
+def test_hooks_have_nothing_to_add():
+    "`nbdev_install_hooks` adds this very line where it is missing, and would leave a changed file behind."
+    assert '*.ipynb merge=nbdev-merge\n' in (ROOT/'.gitattributes').read_text(encoding='utf-8')
+
 def test_site_configuration():
     site = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
     assert site['project']['type'] == 'website' and site['metadata-files'] == ['nbdev.yml', 'sidebar.yml']
