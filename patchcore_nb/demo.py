@@ -72,11 +72,12 @@ def demo_files(
     category:str, # one of `DEMO_CATEGORIES`
 )->dict[str,tuple[str,int]]: # image's path within the category -> its split and index, for `demo_sample`
     "List what the images of a category are called."
-    files = {f'train/good/{i:03}.png': ('train', i) for i in range(N_TRAIN)}
-    files |= {f'test/good/{i:03}.png': ('test', i) for i in range(N_GOOD)}
-    for k, kind in enumerate(PRODUCTS[category].kinds):
-        first = N_GOOD + k*N_EACH
-        files |= {f'test/{kind}/{i:03}.png': ('test', first+i) for i in range(N_EACH)}
+    files = {}
+    def add(split, kind, n, first=0):
+        for i in range(n): files[f'{split}/{kind}/{i:03}.png'] = split, first+i
+    add('train', 'good', N_TRAIN)
+    add('test', 'good', N_GOOD)
+    for k, kind in enumerate(PRODUCTS[category].kinds): add('test', kind, N_EACH, N_GOOD+k*N_EACH)
     return files
 
 def mask_name(

@@ -28,14 +28,16 @@ def stored(
     last:bool,  # is it the last of its stream?
 )->bytes:
     "Make a block of bytes that are not packed."
-    return struct.pack('<BHH', last, len(part), len(part) ^ BLOCK) + part
+    n = len(part)
+    return struct.pack('<BHH', last, n, n ^ BLOCK) + part
 
 def unpacked_stream(
     raw:bytes, # anything
 )->bytes: # what `zlib.decompress` takes
     "Make a zlib stream that packs nothing."
-    starts = range(0, len(raw), BLOCK)
-    blocks = [stored(raw[i:i+BLOCK], i == starts[-1]) for i in starts]
+    parts = [raw[i:i+BLOCK] for i in range(0, len(raw), BLOCK)]
+    last = len(parts)-1
+    blocks = [stored(o, i == last) for i, o in enumerate(parts)]
     check = struct.pack('>I', zlib.adler32(raw))
     return b'\x78\x01' + b''.join(blocks) + check
 
@@ -50,5 +52,6 @@ def png_bytes(
     rows = image.reshape(h, -1)
     filters = np.zeros((h, 1), np.uint8)
     raw = np.concatenate([filters, rows], 1).tobytes() # (h, 1+w*channels)
-    chunks = chunk(b'IHDR', head) + chunk(b'IDAT', unpacked_stream(raw)) + chunk(b'IEND', b'')
-    return b'\x89PNG\r\n\x1a\n' + chunks
+    body = unpacked_stream(raw)
+    chunks = chunk(b'IHDR', head), chunk(b'IDAT', body), chunk(b'IEND', b'')
+    return b'\x89PNG\r\n\x1a\n' + b''.join(chunks)
