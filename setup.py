@@ -29,6 +29,7 @@ setup(
         'Topic :: Scientific/Engineering :: Image Recognition',
     ],
     packages=find_packages(include=['patchcore_nb', 'patchcore_nb.*']),
+    package_data={'patchcore_nb': ['*.mplstyle', 'templates/*']},
     install_requires=shlex.split(cfg['requirements']),
     extras_require={k: shlex.split(cfg[f'{k}_requirements']) for k in ('dev', 'docs')},
     entry_points={

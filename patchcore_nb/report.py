@@ -109,7 +109,8 @@ def draw_histogram(
         group = t['defective' if o['label'] else 'good']
         groups[group] += o['scores']
     value = threshold_value(s)
-    said = '' if value is None else f"{t['threshold']} {number(value)}"
+    said = ''
+    if value is not None: said = f"{t['threshold']} {number(value)}"
     return svg_histogram(groups, value, said, t['scores'], t['image_score'], t['images'])
 
 # %% ../nbs/09k_report.ipynb #afb37205
@@ -143,8 +144,8 @@ def draw_pro(
     if not corners: return None
     area = metric_said(s, 'aupro', t)
     limit = say(t, 'limit', limit=s['limit'])
-    said = f"{limit}{t['colon']}{area}"
-    return svg_curve({area: corners}, t['pro'], t['fpr'], t['overlap'], (s['limit'], said))
+    bound = s['limit'], f"{limit}{t['colon']}{area}"
+    return svg_curve({area: corners}, t['pro'], t['fpr'], t['overlap'], bound)
 
 def draw_curves(
     s:dict,          # a section
@@ -167,7 +168,9 @@ def kinds_table(
     said = [say(t, 'kinds_note', low=number(low), high=number(high))]
     if log: said.append(t['log_note'])
     if value is not None: said.append(t['threshold_note'])
-    def with_strip(o): return o|dict(strip=svg_strip(o['scores'], (low, high), value, o['label'], o['kind'], log))
+    def with_strip(o):
+        strip = svg_strip(o['scores'], (low, high), value, o['label'], o['kind'], log)
+        return o|dict(strip=strip)
     kinds = [*map(with_strip, s['kinds'])]
     columns = dict.fromkeys(k for o in kinds for k in o['metrics'])
     return dict(kinds=kinds, kind_columns=list(columns), kinds_said=said)
@@ -188,8 +191,8 @@ def stages_table(
     stages = [NO_STAGE|o for o in stages]
     seconds = known(o['seconds'] for o in stages)
     peaks = known(o['peak_mb'] for o in stages)
-    longest = max(seconds, default=0)
-    return dict(stages=stages, seconds=sum(seconds), longest=max(longest, 1e-9), peak=max(peaks, default=None))
+    longest = max([1e-9, *seconds])
+    return dict(stages=stages, seconds=sum(seconds), longest=longest, peak=max(peaks, default=None))
 
 # %% ../nbs/09k_report.ipynb #93731acb
 SORTS = 'faint', 'false_alarms', 'hits'
@@ -317,7 +320,9 @@ def render(
 
 # %% ../nbs/09k_report.ipynb #118d2086
 __getattr__ = renamed(__name__,
-    thin='thinning.thin', category_curves='thinning.category_curves', squares='thumbnails.squares', framed='thumbnails.framed',
-    scores_by_kind='sections.scores_by_kind', worth_a_look='sections.worth_a_look', match_of='sections.match_of',
-    matches='sections.matches', threshold_facts='sections.threshold_facts', model_facts='sections.model_facts',
+    thin='thinning.thin', category_curves='thinning.category_curves',
+    squares='thumbnails.squares', framed='thumbnails.framed',
+    scores_by_kind='sections.scores_by_kind', worth_a_look='sections.worth_a_look',
+    match_of='sections.match_of', matches='sections.matches',
+    threshold_facts='sections.threshold_facts', model_facts='sections.model_facts',
     suspect_pictures='sections.suspect_pictures', share='svg_charts.share')
