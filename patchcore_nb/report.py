@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['NO_STAGE', 'SORTS', 'ABOUT', 'ELSEWHERE', 'SUMMARY', 'say', 'model_said', 'count_called', 'threshold_said',
-           'promise_said', 'threshold_value', 'draw_histogram', 'metric_said', 'draw_roc', 'draw_pro', 'draw_curves',
-           'kinds_table', 'known', 'stages_table', 'shown_pictures', 'fill_section', 'parts_of', 'setting_text',
-           'flat_settings', 'head_text', 'head_lines', 'summary', 'colour_scale', 'render', 'RATES', 'SIDE', 'TEXTS',
-           'data_url', 'metric_name', 'metric_text', 'number', 'section', 'svg_curve', 'svg_histogram', 'svg_strip',
-           'texts']
+           'promise_said', 'threshold_value', 'draw_histogram', 'metric_said', 'draw_roc', 'draw_pro', 'kinds_table',
+           'known', 'stages_table', 'shown_pictures', 'fill_section', 'parts_of', 'setting_text', 'flat_settings',
+           'head_text', 'head_lines', 'summary', 'colour_scale', 'render', 'RATES', 'SIDE', 'TEXTS', 'data_url',
+           'metric_name', 'metric_text', 'number', 'section', 'svg_curve', 'svg_histogram', 'svg_strip', 'texts']
 
 # %% ../nbs/09k_report.ipynb #95d279d9
 from collections.abc import Iterable, Sequence
@@ -134,7 +133,7 @@ def draw_roc(
         if corners: lines[metric_said(s, f'{o}_auroc', t)] = corners
     return svg_curve(lines, t['roc'], t['fpr'], t['tpr']) if lines else None
 
-# %% ../nbs/09k_report.ipynb #c4a0b184
+# %% ../nbs/09k_report.ipynb #ab84ff48
 def draw_pro(
     s:dict,          # a section
     t:dict[str,str], # of `texts`
@@ -146,13 +145,6 @@ def draw_pro(
     limit = say(t, 'limit', limit=s['limit'])
     bound = s['limit'], f"{limit}{t['colon']}{area}"
     return svg_curve({area: corners}, t['pro'], t['fpr'], t['overlap'], bound)
-
-def draw_curves(
-    s:dict,          # a section
-    t:dict[str,str], # of `texts`
-)->dict[str,str|None]: # roc, pro: `<svg>`, or None
-    "Draw a category's curves."
-    return dict(roc=draw_roc(s, t), pro=draw_pro(s, t))
 
 # %% ../nbs/09k_report.ipynb #1e8d545c
 def kinds_table(
@@ -219,7 +211,8 @@ def fill_section(
     filled['promise'] = promise_said(s['threshold'], t)
     filled['histogram'] = draw_histogram(s, t)
     filled['shown'] = shown_pictures(s['pictures'], t)
-    filled |= draw_curves(s, t)
+    filled['roc'] = draw_roc(s, t)
+    filled['pro'] = draw_pro(s, t)
     filled |= kinds_table(s, t)
     filled |= stages_table(s['stages'])
     return filled
