@@ -231,8 +231,9 @@ def _repr_html_(self:Ensemble): return importlib.import_module('patchcore_nb.sho
 __getattr__ = renamed(__name__,
     draw_panel='panels.draw_panel', INK='panels.INK', LINE='panels.LINE',
     plot_scores='score_plots.plot_scores', plot_roc='score_plots.plot_roc',
-    pca_plane='memory_plots.pca_plane', plot_bank='memory_plots.plot_memory_bank', plot_radius='memory_plots.plot_radius',
-    patch_box='evidence.patch_box', stored_patch='evidence.stored_patch', surroundings='evidence.surroundings',
+    pca_plane='memory_plots.pca_plane', plot_bank='memory_plots.plot_memory_bank',
+    plot_radius='memory_plots.plot_radius', patch_box='evidence.patch_box',
+    stored_patch='evidence.stored_patch', surroundings='evidence.surroundings',
     plot_match='evidence.plot_match', plot_suspects='evidence.plot_suspects',
     model_html='show.model_html', prediction_html='show.prediction_html',
     _data_url='show.image_url', _name='show.image_name', _table_html='show.table_html')

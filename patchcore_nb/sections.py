@@ -181,11 +181,13 @@ def match_of(
     turned = model.augment and model.idxs_ is None # nobody knows which way
     if turned or not is_fitted_on(model, train, n): return None
     stored, _, r, c = stored_patch(model, train, j)
-    whole, near = framed_twice(seen_square(prediction, i), patch_box(model, row, col))
+    seen = seen_square(prediction, i)
+    whole, near = framed_twice(seen, patch_box(model, row, col))
     stored_whole, stored_near = framed_twice(stored, patch_box(model, r, c))
     found = dict(squares=[whole, near, stored_near, stored_whole])
     found['patch'] = plain(prediction.patch_scores[i, row, col])
-    found['stored'] = short_name(train[n]) if isinstance(train[n], (str, Path)) else str(n)
+    named = isinstance(train[n], (str, Path))
+    found['stored'] = short_name(train[n]) if named else str(n)
     return found
 
 # %% ../nbs/09j_sections.ipynb #d32db34d
@@ -195,7 +197,7 @@ def matches(
     prediction:Prediction,    # of its test images
     chosen:Sequence[int],     # which of these
 )->list[dict]: # as `match_of` returns them, with name, kind and score of the image
-    "Show what the strangest patches of some images were compared with; nothing for ensembles and models that do not know."
+    "Show what the strangest patches of some images were compared with, where the model knows."
     if prediction.nn_idxs is None or getattr(model, 'origin_', None) is None or not category.train: return []
     train = as_items(category)
     found = []
@@ -303,7 +305,7 @@ def section(
     if masks is None and curves is None: masks = quiet_masks(category, prediction)
     labels = np.array([o.label for o in category.test])
     look = worth_a_look(prediction.image_scores, labels, most)
-    evidence = [*look['hits'][:most-1], *look['false_alarms'][:1]]
+    evidence = look['hits'][:most-1]+look['false_alarms'][:1]
     found = dict(category=category.key, model=model_facts(model, category))
     found['metrics'] = plain_values(metrics)
     found['intervals'] = plain_intervals(intervals)
