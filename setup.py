@@ -41,13 +41,8 @@ setup(
         'Topic :: Scientific/Engineering :: Image Recognition',
         'Typing :: Typed',
     ],
-<<<<<<< HEAD
     packages=find_packages(include=[cfg['lib_path'], f"{cfg['lib_path']}.*"]),
     package_data={cfg['lib_path']: files},
-=======
-    packages=find_packages(include=['patchcore_nb', 'patchcore_nb.*']),
-    package_data={'patchcore_nb': ['*.mplstyle', 'templates/*']},
->>>>>>> e
     install_requires=shlex.split(cfg['requirements']),
     extras_require=extras,
     entry_points={
