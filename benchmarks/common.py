@@ -210,9 +210,8 @@ def real_patches(
         train, test = ([s.path for s in o] for o in (category.train, category.test))
         if quick: train, test = train[:8], test[:4]
         model = PatchCore(**kw, device='cpu', target_dim=128 if quick else 1024).check()
-        model._calibrate(train)
-        bank, queries = (torch.cat([p.flatten(0, 2) for p in model._embed(o, '')]) for o in (train, test))
-    return name, bank, queries
+        embedder = model.embedder_.calibrated(train)
+        return name, embedder.rows(train), embedder.rows(test)
 
 
 # Tables and files
