@@ -20,9 +20,9 @@ DISTANCES = Registry('distance', 'patchcore_nb.distances', dict.fromkeys(
     ['squared', 'euclidean', 'cosine'], 'scorer'))
 
 # %% ../nbs/00_names.ipynb #ea241b5f
-SEARCHES = Registry('search', 'patchcore_nb.searches', dict.fromkeys(
-    ['exact', 'fast', 'fp16', 'int8', 'ivfpq'], 'search'))
-DATASETS = Registry('dataset', 'patchcore_nb.datasets', dict(mvtec='data', demo='demo') | dict.fromkeys(
+SEARCHES = Registry('search', 'patchcore_nb.searches', dict(exact='search') | dict.fromkeys(
+    ['fast', 'fp16', 'int8', 'ivfpq'], 'approximate'))
+DATASETS = Registry('dataset', 'patchcore_nb.datasets', dict(mvtec='mvtec', demo='demo') | dict.fromkeys(
     ['mpdd', 'btad', 'mvtec_loco', 'mvtec_ad2', 'visa', 'mtd', 'ksdd', 'folder', 'csv'], 'layouts'))
 BACKBONES = Registry('backbone', 'patchcore_nb.backbones', dict(filterbank='filterbank'))
 

@@ -297,10 +297,13 @@ def test_options():
     refused(ArgumentError, lambda: load_category('mpdd', '.', 'x', masks='*'), 'mpdd takes no options, got masks')
 
 @pytest.fixture
-def registry(monkeypatch):
+def registry():
     "Registrations that are forgotten afterwards."
-    monkeypatch.setattr(data, 'DATASETS', dict(DATASETS))
-    monkeypatch.setattr(data, 'TREES', dict(TREES))
+    before = dict(DATASETS.found), dict(TREES)
+    yield
+    for table, o in zip((DATASETS.found, TREES), before):
+        table.clear()
+        table.update(o)
 
 @pytest.fixture
 def plugins(tmp_path, monkeypatch, registry):
@@ -310,7 +313,7 @@ def plugins(tmp_path, monkeypatch, registry):
     meta.mkdir(parents=True)
     (meta/'METADATA').write_text('Metadata-Version: 2.1\nName: line-sets\nVersion: 1.0\n', encoding='utf-8')
     (meta/'entry_points.txt').write_text('[patchcore_nb.datasets]\nour_line = line_sets_of_ours:load\nbroken = line_sets_of_ours:gone\nhollow = line_sets_of_ours\nbtad = line_sets_of_ours:load\n', encoding='utf-8')
-    (site/'line_sets_of_ours.py').write_text('from dataclasses import replace\nfrom patchcore_nb.data import mvtec\n'
+    (site/'line_sets_of_ours.py').write_text('from dataclasses import replace\nfrom patchcore_nb.mvtec import mvtec\n'
         "def load(root, category, normal='x', seed=-1): return replace(mvtec(root, category), dataset=f'our_line_{normal}_{seed}')\n", encoding='utf-8')
     monkeypatch.syspath_prepend(str(site))
     yield make_layout(tmp_path/'set', 'mvtec', size=(64, 64))
