@@ -18,10 +18,19 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from patchcore_nb.budget import release
 from patchcore_nb.core import generator
 from patchcore_nb.data import Category, load_category
-from patchcore_nb.demo import DEMO_CATEGORIES, Dice, draw_cog, draw_denim, draw_sieve, demo_files, photograph, png_bytes # the import registers the set
-from patchcore_nb.budget import release
+from patchcore_nb.demo import (  # the import registers the set
+    DEMO_CATEGORIES,
+    Dice,
+    demo_files,
+    draw_cog,
+    draw_denim,
+    draw_sieve,
+    photograph,
+    png_bytes,
+)
 from patchcore_nb.patchcore import PatchCore
 from patchcore_nb.samplers import farthest_points
 

@@ -15,12 +15,12 @@ from common import bottle, larger_demo, options, race, report, rows_of
 from patchcore_nb.data import Category
 from patchcore_nb.demo import DEMO_CATEGORIES
 from patchcore_nb.evaluation import auroc, average_precision
-from patchcore_nb.sweeping import sweep
 from patchcore_nb.items import as_items
+from patchcore_nb.names import DISTANCES, PATCH_SCORES
 from patchcore_nb.patchcore import PatchCore
 from patchcore_nb.prediction import judge
-from patchcore_nb.names import DISTANCES, PATCH_SCORES
 from patchcore_nb.scorer import Scorer
+from patchcore_nb.sweeping import sweep
 
 RATIOS, SEEDS, HOWS = [.01, .02, .05, .1], range(5), list(PATCH_SCORES)
 COLUMNS = ['data', 'distance', 'seed', 'ratio', 'patch_score', 'image_auroc']
