@@ -113,12 +113,13 @@ def _extent(rows:Tensor, centre:Tensor, mix:Tensor, block:int)->tuple[float,floa
 def _codes(rows:Tensor, centre:Tensor, mix:Tensor, scale:float, block:int)->Codes:
     "Round all rows."
     n, d = rows.shape
-    codes = Codes(rows.new_empty(n, d, dtype=torch.int8), rows.new_empty(n, dtype=torch.int32), rows.new_empty(n))
+    whole = rows.new_empty(n, d, dtype=torch.int8)
+    codes = Codes(whole, sq=rows.new_empty(n, dtype=torch.int32), err=rows.new_empty(n))
     def work(share):
-        blocks = zip(rows[share].split(block), *(o.split(block) for o in codes.take(share)))
-        for x, *places in blocks:
-            new = encode(product(x-centre, mix), scale)
-            for place, o in zip(places, new): place.copy_(o)
+        for i in range(share.start, share.stop, block):
+            at = slice(i, min(i+block, share.stop))
+            new = encode(product(rows[at]-centre, mix), scale)
+            for place, o in zip(codes.take(at), new): place.copy_(o)
     in_threads(work, n, rows.device)
     return codes
 
@@ -129,14 +130,15 @@ def round_rows(
 )->Rounded|None: # None: eight bits would be of no use
     "Mix the coordinates of all rows and round them to eight bits."
     d = rows.shape[1]
-    if not int8_works(str(rows.device)) or d % 8: return None
+    if d % 8: return None # what products of whole numbers ask for
     mix = mixing(d).to(rows.device)
     block = at_once(rows, 3*2**18)//1024 # rows at a time
     largest, usual = _extent(rows, centre, mix, block)
     if largest > 12*usual or not largest: return None
     codes = _codes(rows, centre, mix, largest/127, block)
     threads = torch.get_num_threads() if rows.device.type == 'cpu' else 1
-    return Rounded(codes, largest/127, rows.new_empty(threads, at_once(rows, 2**19), dtype=torch.int32))
+    scratch = rows.new_empty(threads, at_once(rows, 2**19), dtype=torch.int32)
+    return Rounded(codes, largest/127, scratch)
 
 # %% ../nbs/04_anchors.ipynb #1764bb83
 def _who_gains(
@@ -179,11 +181,12 @@ def _lower_share(
     "Lower the anchor distances of some rows, in one thread."
     codes, given_up = rounded.codes, 0
     target = make_target(rows[picks], codes.take(picks), rounded.scale)
-    block = len(scratch)//target.columns.shape[1] # rows at a time
+    fits = len(scratch)//target.columns.shape[1] # rows that scratch has space for
+    block = min(at_once(rows, 2**12), fits)
+    few = min(at_once(rows, 2**10), fits)
     for part in torch.arange(share.start, share.stop, device=rows.device).split(at_once(rows, 2**13)):
         at = slice(int(part[0]), int(part[-1])+1)
-        live, need = _who_gains(codes.take(at), target, anchors[at].clamp(min=0), scratch, min(at_once(rows, 2**12), block))
-        few = min(at_once(rows, 2**10), block)
+        live, need = _who_gains(codes.take(at), target, anchors[at].clamp(min=0), scratch, block)
         for some, least in zip(part[live].split(few), need.split(few)):
             pairs = _short_lists(codes.codes.index_select(0, some), target, least, scratch)
             if pairs: keep_nearer(rows, some, picks, first, pairs, anchors, nearest)
@@ -219,7 +222,7 @@ class Lowering:
         self.rows = rows
         self.centre = rows.mean(0)
         if not self.centre.isfinite().all(): raise DataError('patch embeddings hold NaN or infinity: check the weights and the images')
-        self.rounded = round_rows(rows, self.centre) # None: too coarse
+        self.rounded = round_rows(rows, self.centre) if int8_works(str(rows.device)) else None # None: by product
 
     def __call__(self,
         picks:Tensor,   # (m,) rows that were picked

@@ -67,10 +67,12 @@ def stages(
     own = load.n_kept < load.n_patches or where != 'memory' # else the memory bank is all patch embeddings, and they are there already
     kept = {'memory bank': load.memory_bank}
     search = dict(search=load.memory_bank+50*10**6)
-    return {'embed': dict(**always, batch=load.batch, **bank),
-            'pick': dict(**always, **bank, **picking, **{'memory bank': load.memory_bank if own else 0}),
-            'leave out': dict(**always, **bank, **kept, **search),
-            'judge': dict(**always, batch=load.batch, **kept, **search, metrics=_metrics(load, counted))}
+    found = {}
+    found['embed'] = always | dict(batch=load.batch) | bank
+    found['pick'] = always | bank | picking | {'memory bank': load.memory_bank if own else 0}
+    found['leave out'] = always | bank | kept | search
+    found['judge'] = always | dict(batch=load.batch) | kept | search | dict(metrics=_metrics(load, counted))
+    return found
 
 # %% ../nbs/00c_budget.ipynb #eae5496f
 def too_many(
@@ -186,8 +188,9 @@ def _say_where(plan:Plan)->str:
 def _say_plan(plan:Plan)->str:
     "Say a plan in a sentence."
     load = plan.load
-    parts = [f'{load.n_images} images, {load.n_patches:,} patches of {load.dim:,} values ({say_size(load.bank)} {_say_where(plan)}), '
-             f'{load.n_kept:,} to remember ({say_size(load.memory_bank)})']
+    where = f'{say_size(load.bank)} {_say_where(plan)}'
+    known = f'{load.n_images} images, {load.n_patches:,} patches of {load.dim:,} values ({where})'
+    parts = [f'{known}, {load.n_kept:,} to remember ({say_size(load.memory_bank)})']
     if plan.counted:
         maps = say_size(load.n_test*load.pixels*4)
         parts.append(f'maps of {load.n_test:,} test images ({maps}) in a file, their pixels counted')
@@ -252,4 +255,5 @@ def stage(
     finally:
         over.set()
         watcher.join()
-        log.append(Took(name, time.perf_counter()-start, max(peaks[0], now())/1e6))
+        taken = time.perf_counter()-start
+        log.append(Took(name, taken, max(peaks[0], now())/1e6))

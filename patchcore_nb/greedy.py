@@ -83,7 +83,8 @@ def pool_table(
     "Measure all distances within the pool, by way of float64."
     n = len(pool)
     fits = scratch is not None and scratch.device.type == 'cpu' and scratch.numel() >= n*n
-    out = scratch.view(-1)[:n*n].view(torch.float32).view(n, n) if fits else torch.empty(n, n)
+    memory = scratch.view(-1)[:n*n].view(torch.float32) if fits else torch.empty(n*n)
+    out = memory.view(n, n)
     starts = range(0, n, block)
     def work(share):
         x = rows[pool].cpu().double()
@@ -110,7 +111,8 @@ def next_picks(
     bound = float(top[pool]) if len(rows) > pool else -torch.inf
     which = which[:pool] # (B,)
     table = pool_table(rows, which, scratch).numpy()
-    new, dists = pick_in_pool(table, top[:pool].cpu().numpy().copy(), bound, most)
+    own = top[:pool].cpu().numpy().copy()
+    new, dists = pick_in_pool(table, own, bound, most)
     return which[torch.tensor(new, device=which.device)], dists
 
 # %% ../nbs/04_greedy.ipynb #50e5f965
@@ -162,7 +164,7 @@ def shortfall(
 )->float: # 0 for a perfect run
     "Find the largest relative amount by which a pick's anchor distance, in float64, is below its step's maximum."
     x = rows.double()
-    anchors = torch.full((len(x),), torch.inf, dtype=x.dtype) if start is None else start.double().clone()
+    anchors = x.new_full((len(x),), torch.inf) if start is None else start.double().clone()
     worst = 0.
     for i in idxs.tolist():
         top = float(anchors.max())

@@ -36,7 +36,8 @@ def sparse_dim(
     eps:float=.9, # by how much a squared distance may be wrong, (0, 1)
 )->int: # d, from 1 to D
     "Find how many dimensions the lemma asks for."
-    needed = int(4*math.log(n)/(eps**2/2-eps**3/3))
+    slack = eps**2/2-eps**3/3
+    needed = int(4*math.log(n)/slack)
     return max(1, min(D, needed))
 
 def project_sparse(
@@ -49,7 +50,8 @@ def project_sparse(
     d = sparse_dim(n, D, eps)
     density = D**-.5 # share of entries that are not zero
     draw = torch.rand(d, D, generator=generator(seed))
-    signs = (draw < density/2).float()-(draw > 1-density/2).float()
+    half = density/2
+    signs = (draw < half).float()-(draw > 1-half).float()
     w = (signs/(density*d)**.5).to(rows.device)
     return torch.cat([product(block, w) for block in rows.split(2048)])
 
@@ -59,8 +61,9 @@ def sq_dists(
     b:Tensor, # (m, d), about the same centre as a
 )->Tensor: # (n, m), not clamped
     "Work out squared distances by one matrix product."
-    sq = b.square().sum(1)[None] # (1, m)
-    return torch.addmm(sq, a, b.T, alpha=-2).add_(a.square().sum(1)[:, None])
+    own = a.square().sum(1)[:, None] # (n, 1)
+    others = b.square().sum(1)[None] # (1, m)
+    return torch.addmm(others, a, b.T, alpha=-2).add_(own)
 
 def start_mean(
     rows:Tensor,  # (N, d)
@@ -70,7 +73,8 @@ def start_mean(
     centre = rows.mean(0)
     few = rows[points]-centre
     blocks = rows.split(8192)
-    def work(share): return [sq_dists(x-centre, few).clamp_(min=0).sqrt_().mean(1) for x in blocks[share]]
+    def average(x): return sq_dists(x-centre, few).clamp_(min=0).sqrt_().mean(1)
+    def work(share): return [average(x) for x in blocks[share]]
     return torch.cat(sum(in_threads(work, len(blocks), rows.device, 1), []))
 
 # %% ../nbs/04_projection.ipynb #41ddaea2
@@ -82,4 +86,5 @@ def start_norm(
     blocks = rows.split(4096)
     def work(share): return [(x-centre).cpu().double().square().sum(1) for x in blocks[share]]
     sq = torch.cat(sum(in_threads(work, len(blocks), rows.device, 1), [])) # (N,) of each row about the mean
-    return (len(rows)*sq+sq.sum()).sqrt().to(rows.dtype).to(rows.device)
+    norms = (len(rows)*sq+sq.sum()).sqrt()
+    return norms.to(rows.dtype).to(rows.device)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Sampled', 'register_sampler', 'approx_greedy', 'greedy', 'single_start', 'nearest_at_sizes', 'random_rows',
-           'identity', 'coreset_size', 'Coreset', 'coreset', 'SAMPLERS', 'Lowering', 'lower_by_product', 'Picks',
-           'farthest_points', 'naive_farthest_points', 'shortfall', 'project', 'project_sparse', 'start_mean',
+           'identity', 'coreset_size', 'halved', 'Coreset', 'coreset', 'SAMPLERS', 'Lowering', 'lower_by_product',
+           'Picks', 'farthest_points', 'naive_farthest_points', 'shortfall', 'project', 'project_sparse', 'start_mean',
            'start_norm', 'cover_radii', 'naive_cover_radius']
 
 # %% ../nbs/04_samplers.ipynb #252db6be
@@ -129,8 +129,8 @@ def identity(
     show:bool,       # there is nothing to show
 )->Sampled:
     "Keep all rows."
-    all_rows = torch.arange(len(rows))
-    return Sampled(all_rows, torch.full((len(rows),), torch.nan), [all_rows.to(torch.int32)])
+    idxs = torch.arange(len(rows))
+    return Sampled(idxs, torch.full((len(rows),), torch.nan), [idxs.to(torch.int32)])
 
 # %% ../nbs/04_samplers.ipynb #a6926e3b
 def coreset_size(
@@ -142,6 +142,13 @@ def coreset_size(
     SAMPLERS.find(sampler)
     if not 0 < ratio <= 1: raise ArgumentError(f'ratio must be in (0, 1], got {ratio:g}: pass 0.1 to keep 10%')
     return n if sampler == 'identity' else max(1, int(n*ratio))
+
+
+def halved(
+    m:int, # M, rows of the largest coreset
+)->list[int]: # at most five sizes, ascending, the last is M
+    "List the sizes at which a cover radius is measured."
+    return sorted({max(1, m//2**i) for i in range(5)})
 
 # %% ../nbs/04_samplers.ipynb #45983793
 @dataclass
@@ -164,7 +171,7 @@ def coreset(
     n = coreset_size(len(rows), ratio, sampler)
     rows = rows.float()
     if n == len(rows): sampler = 'identity'
-    sizes = [n] if sampler == 'identity' else sorted({max(1, n//2**i) for i in range(5)})
+    sizes = [n] if sampler == 'identity' else halved(n)
     found = SAMPLERS[sampler](rows, sizes, seed, show)
     radii = [0.] if n == len(rows) else cover_radii(rows, found.idxs, sizes, found.guesses)
     return Coreset(found.idxs, found.anchor_dists, sizes, radii)

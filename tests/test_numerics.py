@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from patchcore_nb import samplers, search
+from patchcore_nb import anchors, samplers, search
 from patchcore_nb.core import DataError, generator
 from patchcore_nb.data import load_category
 from patchcore_nb.extractor import BACKBONES, create_backbone
@@ -25,7 +25,7 @@ def patches(fitted, sieve):
 @pytest.fixture
 def no_codes(monkeypatch):
     "A machine that cannot multiply matrices of int8."
-    def take(): [monkeypatch.setattr(o, 'int8_works', lambda device='cpu': False) for o in (search, samplers)]
+    def take(): [monkeypatch.setattr(o, 'int8_works', lambda device='cpu': False) for o in (search, anchors)]
     return take
 
 def true_neighbours(queries, bank):
