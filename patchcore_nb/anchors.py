@@ -46,7 +46,8 @@ def pairs_by_product(
     slack = 2e-6*(own+sq.max()) # what rounding can do to a sum of this size
     gains = low+own-slack < limits.square()
     need = torch.where(gains, low+slack, -torch.inf)
-    hits = (v <= need[:, None]).flatten().nonzero()[:, 0] # all that may be the nearest
+    near = v <= need[:, None] # all that may be the nearest
+    hits = near.flatten().nonzero()[:, 0]
     return hits//len(chosen), hits % len(chosen)
 
 # %% ../nbs/04_anchors.ipynb #a0ee9254
@@ -153,10 +154,12 @@ def _who_gains(
     for c, t in zip(codes.codes.split(block), top.split(block)):
         v = whole_product(c, target.columns, scratch).sub_(target.half)
         torch.amax(v, 1, out=t)
-    live = (top >= least_value(limits, codes, target)).nonzero()[:, 0]
+    gains = top >= least_value(limits, codes, target)
+    live = gains.nonzero()[:, 0]
     some = Codes(None, codes.sq[live], codes.err[live])
-    steps = (some.sq-2*top[live]+1).clamp_(min=0).double().sqrt_()
-    far = steps*target.scale+some.err+target.err # the nearest pick is no farther
+    sq = some.sq-2*top[live]+1 # in steps of the grid
+    dists = sq.clamp_(min=0).double().sqrt_()*target.scale
+    far = dists+some.err+target.err # the nearest pick is no farther
     return live, least_value(torch.minimum(far, limits[live]), some, target)
 
 # %% ../nbs/04_anchors.ipynb #223bce13
@@ -179,7 +182,8 @@ def _lower_share(
     share:slice, rows:Tensor, centre:Tensor, rounded:Rounded, scratch:Tensor, picks:Tensor, first:int, anchors:Tensor, nearest:Tensor, # as for `lower_by_codes`
 )->int: # rows whose short lists were too long
     "Lower the anchor distances of some rows, in one thread."
-    codes, given_up = rounded.codes, 0
+    codes = rounded.codes
+    given_up = 0
     target = make_target(rows[picks], codes.take(picks), rounded.scale)
     fits = len(scratch)//target.columns.shape[1] # rows that scratch has space for
     block = min(at_once(rows, 2**12), fits)
@@ -237,6 +241,7 @@ class Lowering:
         anchors[picks] = -1
 
     def _lower(self, picks:Tensor, first:int, anchors:Tensor, nearest:Tensor):
-        if self.rounded is None: return lower_by_product(self.rows, self.centre, picks, first, anchors, nearest)
-        given_up = lower_by_codes(self.rows, self.centre, self.rounded, picks, first, anchors, nearest)
+        where = picks, first, anchors, nearest
+        if self.rounded is None: return lower_by_product(self.rows, self.centre, *where)
+        given_up = lower_by_codes(self.rows, self.centre, self.rounded, *where)
         if given_up > len(self.rows)//2: self.rounded = None # from here on

@@ -26,7 +26,8 @@ def naive_farthest_points(
     start:Tensor=None, # (N,) anchor distances to start from; default: none picked yet
 )->tuple[Tensor,Tensor]: # (n,) int64 picks in order; (n,) their anchor distances
     "Pick the farthest row again and again, with one walk through the rows for each pick."
-    anchors = rows.new_full((len(rows),), torch.inf) if start is None else start.clone()
+    anchors = rows.new_full((len(rows),), torch.inf)
+    if start is not None: anchors.copy_(start)
     idxs = torch.empty(n, dtype=torch.int64)
     dists = torch.empty(n)
     for at in range(n):
@@ -137,7 +138,8 @@ def farthest_points(
     if not 1 <= n <= len(rows): raise ArgumentError(f'n must be from 1 to the {len(rows)} rows, got {n}')
     if pool < 1: raise ArgumentError(f'pool must be at least 1 row, got {pool}: pass 1024')
     rows = rows.float()
-    anchors = rows.new_full((len(rows),), torch.inf) if start is None else start.to(rows.dtype, copy=True)
+    anchors = rows.new_full((len(rows),), torch.inf)
+    if start is not None: anchors.copy_(start)
     nearest = torch.full((len(rows),), -1, dtype=torch.int32, device=rows.device)
     lower = Lowering(rows)
     idxs = []
@@ -162,9 +164,10 @@ def shortfall(
     idxs:Tensor,       # (M,) picks in order
     start:Tensor=None, # (N,) anchor distances that the picking started from
 )->float: # 0 for a perfect run
-    "Find the largest relative amount by which a pick's anchor distance, in float64, is below its step's maximum."
+    "Replay picks in float64, and find by how much an anchor distance falls short of its step's maximum."
     x = rows.double()
-    anchors = x.new_full((len(x),), torch.inf) if start is None else start.double().clone()
+    anchors = x.new_full((len(x),), torch.inf)
+    if start is not None: anchors.copy_(start)
     worst = 0.
     for i in idxs.tolist():
         top = float(anchors.max())

@@ -23,8 +23,8 @@ from .names import SAMPLERS
 from .projection import project, project_sparse, start_mean, start_norm
 from .radius import cover_radii, naive_cover_radius
 
-_all_ = ['SAMPLERS', 'Lowering', 'lower_by_product', 'Picks', 'farthest_points', 'naive_farthest_points', 'shortfall', 'project', 'project_sparse',
-    'start_mean', 'start_norm', 'cover_radii', 'naive_cover_radius'] # all that a coreset is made of, for those who import from here
+_all_ = ['SAMPLERS', 'Lowering', 'lower_by_product', 'Picks', 'farthest_points', 'naive_farthest_points',
+    'shortfall', 'project', 'project_sparse', 'start_mean', 'start_norm', 'cover_radii', 'naive_cover_radius'] # all that a coreset is made of, for those who import from here
 
 # %% ../nbs/04_samplers.ipynb #b11815c4
 class Sampled(NamedTuple):
@@ -117,7 +117,8 @@ def random_rows(
     "Choose rows at random: the baseline that a coreset must beat."
     idxs = torch.randperm(len(rows), generator=generator(seed))[:sizes[-1]]
     low = project(rows, 128, seed)
-    with progress(None, 'coreset', sizes[-1], show, 'pick') as bar: guesses = nearest_at_sizes(low, idxs, sizes, bar.update)
+    with progress(None, 'coreset', sizes[-1], show, 'pick') as bar:
+        guesses = nearest_at_sizes(low, idxs, sizes, bar.update)
     return Sampled(idxs, torch.full((len(idxs),), torch.nan), guesses)
 
 # %% ../nbs/04_samplers.ipynb #7bb688c8
