@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from patchcore_nb import approximate, samplers, search
+from patchcore_nb import anchors, approximate, search
 from patchcore_nb.approximate import Fast
 from patchcore_nb.core import DataError, generator, limit_threads
 from patchcore_nb.data import load_category
@@ -22,12 +22,12 @@ def fitted(sieve): return PatchCore('filterbank', target_dim=256, device='cpu').
 @pytest.fixture(scope='module')
 def patches(fitted, sieve):
     "(N, D) of good images, (Q, D) of test images."
-    return tuple(torch.cat([p.flatten(0, 2) for p in fitted._embed([s.path for s in o], '')]) for o in (sieve.train[:12], sieve.test[::4]))
+    return tuple(fitted.embedder_.rows([s.path for s in o]) for o in (sieve.train[:12], sieve.test[::4]))
 
 @pytest.fixture
 def no_codes(monkeypatch):
     "A machine that cannot multiply matrices of int8."
-    def take(): [monkeypatch.setattr(o, 'int8_works', lambda device='cpu': False) for o in (search, samplers)]
+    def take(): [monkeypatch.setattr(o, 'int8_works', lambda device='cpu': False) for o in (search, anchors)]
     return take
 
 def true_neighbours(queries, bank):
