@@ -141,5 +141,6 @@ def check_category(
     return category
 
 # %% ../nbs/01_data.ipynb #2a04c22b
-__getattr__ = renamed(__name__, mvtec='mvtec.mvtec', read_layout='mvtec.read_layout', find_home='mvtec.find_home',
-                      list_good='mvtec.list_good', meant_root='mvtec.meant_root')
+__getattr__ = renamed(
+    __name__, mvtec='mvtec.mvtec', read_layout='mvtec.read_layout', find_home='mvtec.find_home',
+    list_good='mvtec.list_good', meant_root='mvtec.meant_root')

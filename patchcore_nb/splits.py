@@ -78,10 +78,12 @@ def mtd(
     check_only('mtd', root, category, 'MT_Free', 'MT_Free')
     good = [Sample(p) for p in tile_photos(root/'MT_Free')]
     train, rest = split_good(good, seed)
-    if not train: raise wrong_layout('mtd', f"{root/'MT_Free'/'Imgs'} holds no .jpg images: put the good images into it")
+    images = root/'MT_Free'/'Imgs'
+    if not train: raise wrong_layout('mtd', f'{images} holds no .jpg images: put the good images into it')
     kinds = [o for o in subfolders(root) if o.name.startswith('MT_') and o.name != 'MT_Free']
     bad = [o for folder in kinds for o in tile_samples(folder)]
-    if not bad: raise wrong_layout('mtd', f'{root} holds no defective images: put them into MT_Blowhole, MT_Break, MT_Crack, MT_Fray and MT_Uneven')
+    where = 'MT_Blowhole, MT_Break, MT_Crack, MT_Fray and MT_Uneven'
+    if not bad: raise wrong_layout('mtd', f'{root} holds no defective images: put them into {where}')
     return Category('mtd', 'mtd', train, rest+bad)
 
 # %% ../nbs/01b2_splits.ipynb #46f18164
@@ -92,7 +94,8 @@ def label_of(
     "Find the label image of a photograph."
     stem = f'{image.stem}_label'
     if stem in files: return files[stem]
-    raise wrong_layout('ksdd', f'{image.parent/stem}.bmp is not there, which says whether {image.name} is defective')
+    missing = f'{image.parent/stem}.bmp is not there'
+    raise wrong_layout('ksdd', f'{missing}, which says whether {image.name} is defective')
 
 def labelled(
     folder:Path, # of one commutator
@@ -122,5 +125,6 @@ def ksdd(
     folders = [o for o in subfolders(root) if o.name.startswith('kos')]
     samples = [o for folder in folders for o in labelled(folder)]
     train, rest = split_good([o for o in samples if not o.label], seed)
-    if not train: raise wrong_layout('ksdd', f'{root} holds no good images in its folders kos*: put images and their labels into them')
+    remedy = 'put images and their labels into them'
+    if not train: raise wrong_layout('ksdd', f'{root} holds no good images in its folders kos*: {remedy}')
     return Category('ksdd', 'ksdd', train, rest+[o for o in samples if o.label])

@@ -36,11 +36,14 @@ def read_rows(
     dataset:str='csv',   # whose tree an error shows
 )->list[tuple[int,dict[str,str]]]: # (line of the file, column -> text)
     "Read the rows of a table; column names in lower case."
+    said = f'the table {path} cannot be read'
     try: head, rows = read_cells(path)
-    except OSError as e: raise wrong_layout(dataset, f'the table {path} cannot be read ({e.strerror}): pass the path of a CSV file') from None
-    except (UnicodeDecodeError, csv.Error) as e: raise DataError(f'the table {path} cannot be read ({e}): save it as CSV in UTF-8') from None
+    except OSError as e:
+        raise wrong_layout(dataset, f'{said} ({e.strerror}): pass the path of a CSV file') from None
+    except (UnicodeDecodeError, csv.Error) as e: raise DataError(f'{said} ({e}): save it as CSV in UTF-8') from None
     missing = [o for o in needs if o not in head]
-    if missing: raise wrong_layout(dataset, f"{path} has no column {missing[0]!r}: row 1 names {', '.join(head) or 'nothing'}")
+    named = ', '.join(head) or 'nothing'
+    if missing: raise wrong_layout(dataset, f'{path} has no column {missing[0]!r}: row 1 names {named}')
     found = []
     for n, row in rows:
         lacking = len(head)-len(row)
@@ -132,11 +135,12 @@ def visa_rearranged(
 )->Category:
     "Read a category of VisA that was rearranged as MVTec AD."
     home = find_home('visa', root, category)
-    if (home/'Data').is_dir(): raise wrong_layout('visa', f'{table} is not there, which says what {home/"Data"} is for')
+    packed = home/'Data'
+    if packed.is_dir(): raise wrong_layout('visa', f'{table} is not there, which says what {packed} is for')
     return read_layout('visa', root, category, any_value=True)
 
 @register_dataset('visa', '''
-    DATA_PATH/split_csv/1cls.csv                               a table with the columns object,split,label,image,mask
+    DATA_PATH/split_csv/1cls.csv                               table with object,split,label,image,mask
     DATA_PATH/candle/Data/Images/Normal/0000.JPG               good images; the table tells train from test
     DATA_PATH/candle/Data/Images/Anomaly/000.JPG               defective images
     DATA_PATH/candle/Data/Masks/Anomaly/000.png                not zero where the defect is
@@ -172,11 +176,11 @@ def place_by_seed(
 
 @register_dataset('csv', '''
     DATA_PATH is a CSV file whose first row names the columns
-    path                                                       image, relative to the folder of the file, or absolute
-    label                                                      good, normal, 0, or the kind of defect
-    mask                                                       optional: white where the defect is; several parted by semicolons
-    split                                                      optional: train, test or calibration
-    category                                                   optional: the name that -d takes
+    path      image, relative to the folder of the file, or absolute
+    label     good, normal, 0, or the kind of defect
+    mask      optional: white where the defect is; several parted by semicolons
+    split     optional: train, test or calibration
+    category  optional: the name that -d takes
 ''')
 def table(
     root:Path,    # the CSV file
@@ -194,5 +198,5 @@ def table(
     samples = [row_sample(path, n, row, path.parent) for n, row in rows]
     if 'split' in columns: found = place_rows(path, rows, samples, ('train', 'test', 'calibration'))
     else: found = place_by_seed(samples, seed)
-    if not found['train']: raise wrong_layout('csv', f'{path} has no good images to learn from for {category!r}')
-    return Category('csv', category, **found)
+    if found['train']: return Category('csv', category, **found)
+    raise wrong_layout('csv', f'{path} has no good images to learn from for {category!r}')
