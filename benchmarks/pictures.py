@@ -20,9 +20,10 @@ from patchcore_nb.core import read_image
 from patchcore_nb.data import load_category, read_masks
 from patchcore_nb.demo import DEMO_CATEGORIES # the import registers the set
 from patchcore_nb.experiment import judge, save_pictures
+from patchcore_nb.panels import draw_panel
 from patchcore_nb.patchcore import PatchCore
-from patchcore_nb.plots import colour_range, draw_panel, plot_prediction
-from patchcore_nb.report import section
+from patchcore_nb.plots import colour_range, plot_prediction
+from patchcore_nb.sections import section
 
 USUAL = 'matplotlib, one thread'
 
