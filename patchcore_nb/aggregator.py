@@ -137,8 +137,8 @@ def to_kernel(
 )->Kernel:
     "Turn a layer's matrix into a grouped convolution over the rows that are not zero."
     used = np.flatnonzero(np.abs(w).sum(1))
-    first, last = used[0], used[-1]+1
-    w = rearrange(w[first:last], 'd (c y x) -> d c y x', y=patchsize, x=patchsize)
+    first = used[0]
+    w = rearrange(w[first:used[-1]+1], 'd (c y x) -> d c y x', y=patchsize, x=patchsize)
     g = find_groups(w)
     blocks = rearrange(w, '(g r) (k c) y x -> g k r c y x', g=g, k=g)
     own = blocks[np.arange(g), np.arange(g)] # (g, r, c, p, p): those on the diagonal
@@ -218,10 +218,13 @@ class Aggregator:
         aggregation:str='mean',         # "mean" or "mlp"
         seed:int=0,                     # of the random projections, where there are any
     ):
-        self.patchsize, self.more_patchsizes = patchsize, tuple(more_patchsizes)
-        self.pretrain_dim, self.target_dim = pretrain_dim, target_dim
-        self.preprocessing, self.aggregation = preprocessing, aggregation
+        self.patchsize = patchsize
+        self.pretrain_dim = pretrain_dim
+        self.target_dim = target_dim
         self.stride = stride
+        self.more_patchsizes = tuple(more_patchsizes)
+        self.preprocessing = preprocessing
+        self.aggregation = aggregation
         self.seed = seed
 
     def fit(self,

@@ -24,7 +24,8 @@ def cascade(
     "Yield colours, first-order and second-order responses, one scale after the other."
     orientations = len(kernels)//2
     colours = opponent(images)
-    first, second = [], []
+    first = []
+    second = []
     while True:
         second += [modulus(o[:, :orientations], kernels) for o in first]
         first.append(modulus(colours, kernels))
