@@ -12,8 +12,11 @@ import numpy as np
 from PIL import Image
 
 from .base import ArgumentError
-from .patchcore import PatchCore, Prediction, TURNS, as_items
+from .data import TURNS
+from .items import as_items
+from .patchcore import PatchCore
 from .plots import clear_ticks, seen_square
+from .prediction import Prediction
 
 # %% ../nbs/09d_evidence.ipynb #ae16604d
 def cell_size(

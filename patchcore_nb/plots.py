@@ -8,20 +8,17 @@ __all__ = ['GOOD', 'BAD', 'CYAN', 'as_array', 'map_peaks', 'good_and_bad', 'colo
            'row_of_axes', 'map_title', 'plot_prediction']
 
 # %% ../nbs/09_plots.ipynb #f9cc99a0
-import importlib
 from functools import lru_cache
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
 
 from .base import *
 from .core import *
-from .ensemble import Ensemble
-from .patchcore import PatchCore, Prediction
+from .prediction import Prediction
 
 # %% ../nbs/09_plots.ipynb #5de003ea
 GOOD = '#4477aa'
@@ -213,19 +210,6 @@ def plot_prediction(
     axs[0].figure.colorbar(drawn, ax=axs[-1], fraction=.046, pad=.04)
     clear_ticks(axs)
     return axs
-
-# %% ../nbs/09_plots.ipynb #40262965
-@patch
-def __repr__(self:Prediction): return importlib.import_module('patchcore_nb.show').prediction_text(self)
-
-@patch
-def _repr_html_(self:Prediction): return importlib.import_module('patchcore_nb.show').prediction_html(self)
-
-@patch
-def _repr_html_(self:PatchCore): return importlib.import_module('patchcore_nb.show').model_html(self)
-
-@patch
-def _repr_html_(self:Ensemble): return importlib.import_module('patchcore_nb.show').model_html(self)
 
 # %% ../nbs/09_plots.ipynb #1872b705
 __getattr__ = renamed(__name__,

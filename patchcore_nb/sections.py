@@ -22,11 +22,12 @@ from .base import ArgumentError
 from .cache import digest_image
 from .core import read_image, to_pil
 from .data import Category, Sample, read_masks
-from .ensemble import Ensemble
 from .evidence import patch_box, stored_patch, strangest_patch
-from .patchcore import PatchCore, Prediction, as_items
+from .items import as_items
+from .patchcore import PatchCore
 from .plots import colour_range, seen_square
-from .show import cover_radius, members_of, short_name
+from .prediction import Detector, Prediction
+from .show import cover_radius, short_name
 from .thinning import category_curves
 from .thumbnails import framed, squares
 
@@ -192,7 +193,7 @@ def match_of(
 
 # %% ../nbs/09j_sections.ipynb #d32db34d
 def matches(
-    model:PatchCore|Ensemble, # fitted
+    model:Detector, # fitted
     category:Category,        # what it was fitted on
     prediction:Prediction,    # of its test images
     chosen:Sequence[int],     # which of these
@@ -208,12 +209,12 @@ def matches(
 
 # %% ../nbs/09j_sections.ipynb #aa1c174d
 def threshold_facts(
-    model:PatchCore|Ensemble, # fitted
+    model:Detector, # fitted
     prediction:Prediction,    # of this model
 )->dict|None: # value, map (of pixels; None: none), promise, rate (of false alarms that was wanted), confidence (that was wanted); n, good images that set it; None: there is no threshold
     "Say what there is to say of a threshold."
     if prediction.threshold is None or not np.isfinite(prediction.threshold): return None
-    first = members_of(model)[0]
+    first = model.members[0]
     said = dict(value=plain(prediction.threshold), map=plain(prediction.map_threshold))
     said['promise'] = prediction.promise
     said['rate'] = plain(first.false_alarms)
@@ -223,11 +224,11 @@ def threshold_facts(
 
 # %% ../nbs/09j_sections.ipynb #ea912625
 def model_facts(
-    model:PatchCore|Ensemble, # fitted
+    model:Detector, # fitted
     category:Category,
 )->dict: # train, good, defective: numbers of images; size (height, width); patches, of, radius: a value for each member
     "Say what a category's model was made of."
-    members = members_of(model)
+    members = model.members
     bad = sum(o.label for o in category.test)
     said = dict(train=len(category.train), good=len(category.test)-bad, defective=bad)
     said['size'] = list(model.preprocess_.size)
@@ -244,21 +245,21 @@ def whole_number(
     return None if pd.isna(x) else int(x)
 
 def show_suspect(
-    model:PatchCore|Ensemble, # fitted
+    model:Detector, # fitted
     suspect:dict,             # image (path), score, row, col (of the patch grid; not needed)
 )->dict: # image, score, row, col, picture
     "Show a suspicious training image."
     path = suspect['image']
     row, col = (whole_number(suspect.get(k)) for k in ('row', 'col'))
     box = None
-    if not (row is None or col is None or isinstance(model, Ensemble)): box = patch_box(model, row, col)
+    if row is not None and col is not None and hasattr(model, 'grid_'): box = patch_box(model, row, col) # an ensemble has several
     square = model.preprocess_.crop(to_pil(path))
     said = dict(image=str(path), score=plain(suspect['score']), row=row, col=col)
     said['picture'] = framed(square, box)
     return said
 
 def suspect_pictures(
-    model:PatchCore|Ensemble, # fitted
+    model:Detector, # fitted
     suspects:pd.DataFrame,    # columns image (path), score, row, col (of the patch grid; not needed)
     most:int,                 # how many to show
 )->list[dict]: # as `show_suspect` returns them
@@ -286,7 +287,7 @@ def plain_intervals(
 
 # %% ../nbs/09j_sections.ipynb #7f31c7ce
 def section(
-    model:PatchCore|Ensemble, # fitted
+    model:Detector, # fitted
     category:Category,        # with the test images
     prediction:Prediction,    # of the test images, in their order
     metrics:dict,             # name -> metric, as `evaluate` returns them, and any others

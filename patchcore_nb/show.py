@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LINE', 'CELL', 'EMPTY', 'PROMISED', 'image_url', 'small_row', 'short_name', 'image_name', 'row_html', 'table_html',
            'plural', 'prediction_text', 'score_text', 'scale_html', 'note_html', 'prediction_html', 'about_backbone',
-           'made_of', 'members_of', 'is_fitted', 'about_threshold', 'about_memory', 'cover_radius', 'learned',
-           'patchcore_html', 'member_row', 'ensemble_html', 'model_html']
+           'made_of', 'about_threshold', 'about_memory', 'cover_radius', 'learned', 'patchcore_html', 'member_row',
+           'ensemble_html', 'model_html']
 
 # %% ../nbs/09e_show.ipynb #d1c805c2
 import base64, io
@@ -17,8 +17,9 @@ import numpy as np
 from PIL import Image
 
 from .ensemble import Ensemble
-from .patchcore import PatchCore, Prediction
+from .patchcore import PatchCore
 from .plots import as_pixels, colour_range, overlay, seen_square, to_colours
+from .prediction import Detector, Prediction
 
 # %% ../nbs/09e_show.ipynb #e23ca66a
 def image_url(
@@ -182,7 +183,7 @@ def made_of(
     model:PatchCore,
 )->dict[str,str]:
     "Say what a model is made of, fitted or not."
-    size = getattr(model, 'preprocess_', None) or model.wanted_size()
+    size = getattr(model, 'preprocess_', None) or model.embedding.preprocess
     values = f'{model.target_dim:,} values' if model.target_dim else 'all values of all layers'
     said = {'backbone': about_backbone(model)}
     said['image'] = str(size).replace(' x ', ' × ')
@@ -196,24 +197,11 @@ PROMISED = dict( # by promise
     average='at most {rate:.3g}% false alarms on average',
     approximate='about {rate:.3g}% false alarms, without a guarantee')
 
-def members_of(
-    model:PatchCore|Ensemble,
-)->list[PatchCore]:
-    "List the members of an ensemble; of a model, itself."
-    if isinstance(model, Ensemble): return list(model.models)
-    return [model]
-
-def is_fitted(
-    model:PatchCore|Ensemble,
-)->bool:
-    "Tell whether a model can predict."
-    return hasattr(model, 'units_' if isinstance(model, Ensemble) else 'memory_bank_')
-
 def about_threshold(
-    model:PatchCore|Ensemble, # fitted
+    model:Detector, # fitted
 )->str:
     "Say a model's threshold and its promise."
-    first = members_of(model)[0]
+    first = model.members[0]
     if model.threshold_ is None:
         return 'none: too few images to find one' if first.false_alarms else 'none: none was asked for'
     promise = PROMISED.get(model.calibration_.promise, '{rate:.3g}% false alarms')
@@ -247,7 +235,7 @@ def learned(
     said = {'memory bank': about_memory(model)}
     radius = cover_radius(model)
     if radius is not None: said['cover radius'] = f'{radius:.4g}'
-    pace = getattr(model, 'pace_', None)
+    pace = model.pace_
     if pace is not None: said['time'] = f'{1000*pace:.3g} ms an image, when it last judged some'
     return said|{'threshold': about_threshold(model)}
 
@@ -256,7 +244,7 @@ def patchcore_html(
 )->str:
     "Show a model as a card."
     facts = made_of(model)
-    facts |= learned(model) if is_fitted(model) else {'memory bank': EMPTY}
+    facts |= learned(model) if model.is_fitted else {'memory bank': EMPTY}
     rows = [[*map(escape, fact)] for fact in facts.items()]
     return f'<b>PatchCore</b>{table_html(rows)}'
 
@@ -275,16 +263,16 @@ def ensemble_html(
     model:Ensemble,
 )->str:
     "Show an ensemble as a table of its members."
-    members = members_of(model)
+    members = model.members
     rows = [*map(member_row, members)]
-    if is_fitted(model):
+    if model.is_fitted:
         rows = [*map(member_row, members, model.units_)]
         rows.append(['threshold', about_threshold(model), ''])
     escaped = [[*map(escape, row)] for row in rows]
     return f'<b>Ensemble of {len(members)}</b>{table_html(escaped)}'
 
 def model_html(
-    model:PatchCore|Ensemble,
+    model:Detector,
 )->str:
     "Show a model or an ensemble."
     if isinstance(model, Ensemble): return ensemble_html(model)
