@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['OUTCOMES', 'CALLS', 'BASE', 'ORDERS', 'GROUND', 'outcomes', 'tally', 'roc_point', 'Exhibit', 'truth_of', 'exhibit',
-           'best_threshold', 'first_threshold', 'enlarged', 'thick_outline', 'magnified', 'draw_seen', 'counts_html',
-           'svg_path', 'svg_text', 'svg_drawing', 'roc_frame', 'roc_svg', 'Axis', 'histogram_path', 'groups_of',
-           'threshold_parts', 'groups_svg', 'scores_svg', 'in_order', 'filmstrip', 'to_bytes']
+           'best_threshold', 'first_threshold', 'enlarged', 'thick_outline', 'magnified', 'draw_seen', 'element',
+           'count_cell', 'rates_said', 'counts_html', 'svg_path', 'svg_text', 'svg_stroke', 'svg_drawing', 'roc_frame',
+           'roc_svg', 'Axis', 'histogram_path', 'groups_of', 'threshold_parts', 'groups_svg', 'scores_svg', 'in_order',
+           'draw_frame', 'filmstrip', 'to_bytes']
 
 # %% ../nbs/10a_explore.ipynb #9453d07d
 import io
@@ -21,9 +22,9 @@ from .base import renamed
 from .core import *
 from .data import Category, Sample, read_mask
 from .evaluation import auroc, f1max, roc_curve
-from .patchcore import Prediction
 from .plots import BAD, CYAN, GOOD, colour_range, outline, overlay, seen_square
-from .plots import _name as name_of, _table_html as table_html
+from .prediction import Prediction
+from .show import image_name, table_html
 
 # %% ../nbs/10a_explore.ipynb #ac8af99e
 OUTCOMES = {'caught': BAD, 'missed': '#ccbb44', 'false alarm': '#aa3377', 'passed': GOOD}
@@ -101,7 +102,8 @@ class Exhibit:
 
     def name(self, i:int)->str: # HTML
         "Say what to call an image."
-        name, kind = name_of(self.prediction.images[i], i), self.kinds[i]
+        name = image_name(self.prediction.images[i], i)
+        kind = self.kinds[i]
         return f'{name}, {escape(kind)}' if kind and kind not in name else name
 
 def truth_of(
@@ -112,8 +114,9 @@ def truth_of(
     if samples is None: return None, ['']*n, None
     known = list(samples.test if isinstance(samples, Category) else samples)
     if len(known) != n: raise ArgumentError(f'samples must be the {n} images that were predicted, in the same order, got {len(known)}: pass category.test to predict and here')
-    if all(isinstance(o, Sample) for o in known): return np.array([o.label for o in known]), [o.kind for o in known], known
-    labels = np.array(list(map(bool, known)))
+    are_samples = all(isinstance(o, Sample) for o in known)
+    labels = np.array([o.label if are_samples else bool(o) for o in known])
+    if are_samples: return labels, [o.kind for o in known], known
     return labels, np.where(labels, 'defective', 'good').tolist(), None
 
 # %% ../nbs/10a_explore.ipynb #3473c1ae
@@ -182,25 +185,52 @@ def draw_seen(
 )->Image.Image: # RGB
     "Draw an image under its map, with all that is above the threshold outlined."
     low, top = shown.span
-    large = magnified(overlay(shown.square(i), shown.prediction.anomaly_maps[i], top, low, opacity), side)
+    pixels = overlay(shown.square(i), shown.prediction.anomaly_maps[i], top, low, opacity)
+    large = magnified(pixels, side)
     def paint(cells, colour): large[thick_outline(enlarged(cells, large.shape[:2]))] = colour
-    drawn, patch_scores = shown.mask(i) if mask else None, shown.prediction.patch_scores
+    drawn = shown.mask(i) if mask else None
+    patch_scores = shown.prediction.patch_scores
     if drawn is not None: paint(drawn, CYAN)
     if patch_scores is not None: paint(patch_scores[i].numpy() > threshold, 255) # an ensemble has none
     return Image.fromarray(large)
 
 # %% ../nbs/10a_explore.ipynb #11440735
+def element(
+    name:str,    # of a tag
+    text:str='', # between its ends, already HTML
+    **attributes, # an underscore is written as a dash
+)->str: # HTML or SVG
+    "Write an element of a page or a drawing."
+    said = [f' {k.replace("_", "-")}="{v}"' for k, v in attributes.items()]
+    return f'<{name}{"".join(said)}>{text}</{name}>'
+
+def count_cell(
+    outcome:str, # one of `OUTCOMES` or `CALLS`
+    n:int,       # images
+)->str: # HTML
+    "Write how often an outcome is met, beside its colour."
+    colour = (OUTCOMES | CALLS)[outcome]
+    swatch = element('span', style=f'display:inline-block;width:.7em;height:.7em;background:{colour}')
+    return f'{swatch} {outcome} <b>{n}</b>'
+
+def rates_said(
+    counts:dict[str,int], # as `tally` returns it, with labels
+)->str:
+    "Tell the rates that follow from counts."
+    fpr, tpr = roc_point(counts)
+    shares = {'the defective found': tpr, 'the good are false alarms': fpr}
+    return ', '.join(f'{100*v:.3g}% of {what}' for what, v in shares.items() if v == v) # a NaN is not itself
+
+# %% ../nbs/10a_explore.ipynb #9428fa16
 def counts_html(
     counts:dict[str,int], # as `tally` returns it
 )->str: # HTML
     "Write the counts as a table, with the rates that follow."
-    colours = OUTCOMES | CALLS
-    def cell(k): return f'<span style="display:inline-block;width:.7em;height:.7em;background:{colours[k]}"></span> {k} <b>{counts[k]}</b>'
-    if 'normal' in counts: return table_html([[cell('anomalous'), cell('normal')]])
-    fpr, tpr = roc_point(counts)
-    rates = [f'{100*o:.3g}% of {what}' for o, what in ((tpr, 'the defective found'), (fpr, 'the good are false alarms')) if o == o]
-    rows = [['defective', cell('caught'), cell('missed')], ['good', cell('false alarm'), cell('passed')]]
-    return table_html(rows, ['', 'called anomalous', 'called normal'], ', '.join(rates))
+    if 'normal' in counts: return table_html([[count_cell(k, n) for k, n in counts.items()]])
+    cells = {k: count_cell(k, n) for k, n in counts.items()}
+    bad = ['defective', cells['caught'], cells['missed']]
+    good = ['good', cells['false alarm'], cells['passed']]
+    return table_html([bad, good], ['', 'called anomalous', 'called normal'], rates_said(counts))
 
 # %% ../nbs/10a_explore.ipynb #0c9f2847
 def svg_path(
@@ -215,7 +245,14 @@ def svg_text(
     anchor:str='start', # "start", "middle" or "end"
 )->str: # SVG
     "Write a text into a drawing."
-    return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{escape(text)}</text>'
+    return element('text', escape(text), x=x, y=y, text_anchor=anchor)
+
+def svg_stroke(
+    d:str,   # of an SVG path
+    **more,  # attributes of it
+)->str: # SVG
+    "Draw a stroke in the colour of the page's letters."
+    return element('path', d=d, **dict(stroke='currentColor') | more)
 
 def svg_drawing(
     w:int, h:int, # pixels
@@ -223,21 +260,24 @@ def svg_drawing(
     what:str,     # for those who do not see it
 )->str: # SVG
     "Make a drawing with the page's letters."
-    return f'<svg role="img" aria-label="{escape(what)}" width="{w}" height="{h}" viewBox="0 0 {w} {h}" font-family="sans-serif" font-size="11" fill="currentColor">{"".join(parts)}</svg>'
+    letters = dict(font_family='sans-serif', font_size=11, fill='currentColor')
+    return element('svg', ''.join(parts), role='img', aria_label=escape(what), width=w, height=h, viewBox=f'0 0 {w} {h}', **letters)
 
+# %% ../nbs/10a_explore.ipynb #ae93e492
 def roc_frame(
     left:int, above:int, side:int, # of the square, pixels
     area:float, # under the curve
 )->list[str]: # SVG
     "Draw the square of a ROC curve, its diagonal and its names."
-    low, middle = above+side, left+side/2
-    return [f'<rect x="{left}" y="{above}" width="{side}" height="{side}" fill="none" stroke="currentColor" opacity=".35"/>',
-            f'<path d="M{left},{low}l{side},{-side}" stroke="currentColor" opacity=".2"/>',
-            svg_text(left, above-5, f'AUROC {area:.3f}'), svg_text(middle, low+16, 'false positive rate', 'middle'),
-            f'<text transform="translate(11 {above+side/2}) rotate(-90)" text-anchor="middle">true positive rate</text>',
-            svg_text(left-4, low, '0', 'end'), svg_text(left-4, above+9, '1', 'end')]
+    low = above+side
+    square = svg_stroke(f'M{left},{above}v{side}h{side}v{-side}z', fill='none', opacity=.35)
+    diagonal = svg_stroke(f'M{left},{low}l{side},{-side}', opacity=.2)
+    title = svg_text(left, above-5, f'AUROC {area:.3f}')
+    across = svg_text(left+side/2, low+16, 'false positive rate', 'middle')
+    up = element('text', 'true positive rate', transform=f'translate(11 {above+side/2}) rotate(-90)', text_anchor='middle')
+    ends = [svg_text(left-4, low, '0', 'end'), svg_text(left-4, above+9, '1', 'end')]
+    return [square, diagonal, title, across, up, *ends]
 
-# %% ../nbs/10a_explore.ipynb #fa7598ac
 def roc_svg(
     curve:tuple[np.ndarray,np.ndarray], # false and true positive rates, as `roc_curve` returns them
     point:tuple[float,float],           # the rates at the threshold
@@ -248,10 +288,10 @@ def roc_svg(
     left, above = 26, 16
     def place(fpr, tpr): return left+np.asarray(fpr)*side, above+(1-np.asarray(tpr))*side
     parts = roc_frame(left, above, side, area)
-    parts.append(f'<path d="{svg_path(*place(*curve))}" fill="none" stroke="{GOOD}" stroke-width="2"/>')
+    parts.append(svg_stroke(svg_path(*place(*curve)), fill='none', stroke=GOOD, stroke_width=2))
     x, y = place(*point)
     is_known = x == x and y == y # a NaN is not itself
-    if is_known: parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{BAD}" stroke="currentColor"/>')
+    if is_known: parts.append(element('circle', cx=x.round(1), cy=y.round(1), r=5, fill=BAD, stroke='currentColor'))
     return svg_drawing(left+side+8, above+side+28, parts, f'ROC curve, area {area:.3f}')
 
 # %% ../nbs/10a_explore.ipynb #6da2ec97
@@ -266,11 +306,13 @@ class Axis:
     ):
         values = np.append(scores, [] if threshold is None else threshold)
         pad = .03*np.ptp(values) or 1.
-        self.edges, self.width = np.linspace(values.min()-pad, values.max()+pad, 41), width
+        self.edges = np.linspace(values.min()-pad, values.max()+pad, 41)
+        self.width = width
 
     def x(self, score): # pixels from the left
-        low, high = self.edges[0], self.edges[-1]
-        return 4+(np.asarray(score)-low)/(high-low)*(self.width-8)
+        low, *_, high = self.edges
+        share = (np.asarray(score)-low)/(high-low)
+        return 4+share*(self.width-8)
 
     def y(self, share): # pixels from above
         return BASE-np.asarray(share)*(BASE-18)
@@ -300,9 +342,10 @@ def threshold_parts(
     "Draw the threshold and its value."
     x = float(axis.x(threshold))
     middle = min(max(x, 30), axis.width-30)
-    return [f'<path d="M{x:.1f},14V{BASE}" stroke="currentColor" stroke-dasharray="4 2"/>', svg_text(round(middle, 1), 11, f'{threshold:.4g}', 'middle')]
+    stroke = svg_stroke(f'M{x:.1f},14V{BASE}', stroke_dasharray='4 2')
+    return [stroke, svg_text(round(middle, 1), 11, f'{threshold:.4g}', 'middle')]
 
-# %% ../nbs/10a_explore.ipynb #5a9ac253
+# %% ../nbs/10a_explore.ipynb #43aae345
 def groups_svg(
     scores:np.ndarray,      # (B,) image scores
     labels:np.ndarray|None, # (B,) True = defective; None: nobody knows
@@ -313,12 +356,13 @@ def groups_svg(
     "Draw how the scores of good and of defective images lie."
     axis = Axis(scores, threshold, width)
     counts = {c: np.histogram(o, axis.edges)[0] for c, o in groups_of(scores, labels).items()}
-    most = max(1, *(o.max() for o in counts.values()))
-    parts = [f'<path d="{histogram_path(n, most, axis)}" fill="{c}" fill-opacity=".45" stroke="{c}"/>' for c, n in counts.items() if n.any()]
-    parts.append(f'<path d="M4,{BASE}H{width-4}" stroke="currentColor" opacity=".35"/>')
+    most = max(1, *(n.max() for n in counts.values()))
+    outlines = {c: histogram_path(n, most, axis) for c, n in counts.items() if n.any()}
+    parts = [svg_stroke(d, fill=c, fill_opacity=.45, stroke=c) for c, d in outlines.items()]
+    parts.append(svg_stroke(f'M4,{BASE}H{width-4}', opacity=.35))
     parts.append(svg_text(width-4, BASE+22, 'image score', 'end'))
     if threshold is not None: parts += threshold_parts(threshold, axis)
-    if mark is not None: parts.append(f'<path d="M{float(axis.x(mark)):.1f},{BASE+2}l-5,9h10z"/>')
+    if mark is not None: parts.append(element('path', d=f'M{axis.x(mark):.1f},{BASE+2}l-5,9h10z'))
     return svg_drawing(width, BASE+26, parts, 'image scores')
 
 def scores_svg(
@@ -340,14 +384,27 @@ def in_order(
 )->list[int]: # image numbers; may be empty for the last two
     "Sort image numbers into the order in which to look at them."
     if order not in ORDERS: raise ArgumentError(f'order must be one of {", ".join(ORDERS)}, got {order!r}')
-    scores, found = shown.scores, outcomes(shown.scores, shown.labels, threshold)
+    scores = shown.scores
     keys = {'lowest score first': scores, 'missed': scores, 'nearest to the threshold': abs(scores-threshold)}
-    wanted = {'missed': found == 'missed', 'false alarms': found == 'false alarm'}
     numbers = keys.get(order, -scores).argsort(kind='stable')
-    return numbers[wanted[order][numbers]].tolist() if order in wanted else numbers.tolist()
+    wanted = {'missed': 'missed', 'false alarms': 'false alarm'}.get(order)
+    if wanted is None: return numbers.tolist()
+    found = outcomes(scores, shown.labels, threshold)
+    return numbers[found[numbers] == wanted].tolist()
 
 # %% ../nbs/10a_explore.ipynb #416b13d5
 GROUND = '#222222' # of a film strip, beside light pages and dark ones
+
+def draw_frame(
+    draw:ImageDraw.ImageDraw, # of the strip
+    left:int, side:int, # of the frame, pixels
+    outcome:str,        # one of `OUTCOMES` or `CALLS`
+    is_looked_at:bool,  # is this the image that is large?
+):
+    "Draw a frame in the colour of an outcome, in white around it if it is looked at."
+    right = left+side-1
+    draw.rectangle([left, 0, right, side-1], fill='white' if is_looked_at else GROUND)
+    draw.rectangle([left+2, 2, right-2, side-3], fill=(OUTCOMES | CALLS)[outcome])
 
 def filmstrip(
     shown:Exhibit,      # of the images
@@ -357,16 +414,15 @@ def filmstrip(
     n:int=9,            # pictures in the strip
     side:int=72,        # of a picture, pixels
 )->tuple[Image.Image,list[int|None]]: # RGB; for each picture of the strip its place in the order, None where there is none
-    "Draw the image that is looked at among its neighbours in the order, framed in the colours of their outcomes."
-    cell, colours = side+10, OUTCOMES | CALLS
+    "Draw the image that is looked at among its neighbours in the order, framed in their outcomes' colours."
+    cell = side+10
     first = min(max(0, at-n//2), max(0, len(order)-n))
     last = min(first+n, len(order))
     page = Image.new('RGB', (n*cell, cell), GROUND)
     draw = ImageDraw.Draw(page)
-    for x, j in enumerate(range(first, last)):
-        left, i = x*cell, order[j]
-        draw.rectangle([left, 0, left+cell-1, cell-1], fill='white' if j == at else GROUND)
-        draw.rectangle([left+2, 2, left+cell-3, cell-3], fill=colours[found[i]])
+    for j in range(first, last):
+        left, i = (j-first)*cell, order[j]
+        draw_frame(draw, left, cell, found[i], j == at)
         page.paste(shown.thumbnail(i, side).resize((side, side)), (left+5, 5))
     return page, [*range(first, last)]+[None]*(n-last+first)
 
@@ -382,5 +438,5 @@ def to_bytes(
     return file.getvalue()
 
 # %% ../nbs/10a_explore.ipynb #e65139db
-__getattr__ = renamed(__name__, **{o: f'reasons.{o}' for o in
-    'LAYER_COLOURS patch_at layer_spans layer_parts embedded explain close_up parts_html explain_html'.split()})
+MOVED = 'LAYER_COLOURS patch_at layer_spans layer_parts embedded explain close_up parts_html explain_html'.split()
+__getattr__ = renamed(__name__, **{o: f'reasons.{o}' for o in MOVED})

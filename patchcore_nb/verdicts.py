@@ -16,7 +16,7 @@ from .core import *
 from .data import list_images, subfolders
 from .layouts import kind_of, read_rows
 from .plots import BAD, GOOD
-from .plots import _name as name_of
+from .show import image_name
 
 # %% ../nbs/10c_verdicts.ipynb #38278ce7
 def images_below(
@@ -180,7 +180,7 @@ def verdict_html(
     "Write an image's name and the verdict on it."
     said = verdicts[i]
     colour = 'inherit' if said is None else colour_of(said)
-    return f'{name_of(verdicts.images[i], i)}: <b style="color:{colour}">{escape(said or "no verdict yet")}</b>'
+    return f'{image_name(verdicts.images[i], i)}: <b style="color:{colour}">{escape(said or "no verdict yet")}</b>'
 
 def tally_html(
     counts:dict[str|None,int], # as `tally_verdicts` returns them

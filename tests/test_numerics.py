@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from patchcore_nb import anchors, approximate, search
+from patchcore_nb import anchors, approximate, samplers, search
 from patchcore_nb.approximate import Fast
 from patchcore_nb.core import DataError, generator, limit_threads
 from patchcore_nb.data import load_category
