@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GOOD_KIND', 'kind_columns', 'by_kind']
 
-# %% ../nbs/06a_kinds.ipynb #9a8e3c81
+# %% ../nbs/06a_kinds.ipynb #5d78a60f
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,7 +15,7 @@ from .arrays import scores_and_labels
 from .auc import add_good, add_sorted, area, counts, precision_area
 from .evaluation import LIMITS, aupro_names, defects_of, image_aupimos, pixel_metrics, pixel_truth
 
-# %% ../nbs/06a_kinds.ipynb #8e0ebb00
+# %% ../nbs/06a_kinds.ipynb #47a6465a
 GOOD_KIND = 'good' # what the kind of a good image is called
 
 def _images_of_kind(scores:np.ndarray, mine:np.ndarray, labels:np.ndarray)->dict[str,float]:
@@ -24,16 +24,21 @@ def _images_of_kind(scores:np.ndarray, mine:np.ndarray, labels:np.ndarray)->dict
     c = counts(scores[part], labels[part])
     return dict(n_images=int(mine.sum()), image_auroc=area(c), image_ap=precision_area(c))
 
-# %% ../nbs/06a_kinds.ipynb #fb96d1fa
-def _pixels_of_kind(maps:np.ndarray, masks:np.ndarray, clean:np.ndarray, limits:Sequence[float])->dict[str,float]:
-    "Take the metrics of one kind's images against the pixels of good images, ascending."
+# %% ../nbs/06a_kinds.ipynb #93213c90
+def _pixels_of_kind(
+    maps:np.ndarray,        # (b, H, W) of this kind's images
+    masks:np.ndarray,       # (b, H, W) bool
+    clean:np.ndarray,       # (n,) pixels of all good images, ascending
+    limits:Sequence[float], # of AUPRO
+)->dict[str,float]:
+    "Take the metrics of one kind's images against the pixels of good images."
     defects = defects_of(maps, masks)
     pimo = image_aupimos(defects, add_sorted(defects.found, clean))
     around = add_good(defects.found, maps, ~masks)
     whole = add_sorted(around, clean)
     return pixel_metrics(whole, around, defects.regions, pimo, limits)
 
-# %% ../nbs/06a_kinds.ipynb #7f7765ae
+# %% ../nbs/06a_kinds.ipynb #578471fe
 def kind_columns(
     limits:Sequence[float], # of AUPRO, each in (0, 1]
 )->list[str]: # but for `missed`
