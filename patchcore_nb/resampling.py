@@ -6,7 +6,7 @@
 __all__ = ['resamples', 'is_metric', 'naive_metrics', 'areas', 'precision_areas', 'best_f1s', 'image_steps', 'check_rows',
            'joined', 'aupimos', 'pixel_part', 'seg_f1s', 'resampled_metrics', 'by_kind_of_rows']
 
-# %% ../nbs/06a_resampling.ipynb #ed235d81
+# %% ../nbs/06a_resampling.ipynb #f91ca4cd
 from collections.abc import Sequence
 from math import ceil
 
@@ -20,7 +20,7 @@ from .core import ArgumentError
 from .evaluation import LIMITS, aupro_names, evaluate
 from .kinds import GOOD_KIND, kind_columns
 
-# %% ../nbs/06a_resampling.ipynb #d8a9006b
+# %% ../nbs/06a_resampling.ipynb #d355aa21
 def resamples(
     labels:np.ndarray, # (B,) bool, True = defective
     n:int=1000,        # how many resamples
@@ -35,7 +35,7 @@ def resamples(
         if size: weights[:, kind] = rng.multinomial(size, np.full(size, 1/size), n)
     return weights
 
-# %% ../nbs/06a_resampling.ipynb #eab61689
+# %% ../nbs/06a_resampling.ipynb #1b2576be
 def is_metric(
     name:str, # a key of what `evaluate` returns
 )->bool: # False for the scores at which F1 is highest: they are places, and tell of no quality
@@ -56,13 +56,13 @@ def naive_metrics(
     found = []
     for w in weights:
         picks = np.repeat(np.arange(len(scores)), w)
-        if maps is None: metrics = evaluate(scores[picks], labels[picks])
-        else: metrics = evaluate(scores[picks], labels[picks], maps[picks], masks[picks], limits, map_threshold)
-        found.append(metrics)
-    names = [k for k in found[0] if is_metric(k) and (maps is not None or k.startswith('image_'))]
+        pixels = () if maps is None else (maps[picks], masks[picks], limits, map_threshold)
+        found.append(evaluate(scores[picks], labels[picks], *pixels))
+    names = [k for k in found[0] if is_metric(k)]
+    if maps is None: names = [k for k in names if k.startswith('image_')]
     return {k: np.array([o[k] for o in found]) for k in names}
 
-# %% ../nbs/06a_resampling.ipynb #4c26b88c
+# %% ../nbs/06a_resampling.ipynb #460ee60d
 def areas(
     good:np.ndarray,   # (n, K) good items at each step, highest scores first; whole numbers
     gained:np.ndarray, # (n, K) defective items at each step, or their weight
@@ -98,9 +98,10 @@ def best_f1s(
     n_bad = found[:, -1:]                         # (n, 1)
     marked_and_bad = np.maximum(found+good.cumsum(1)+n_bad, 1)
     f1 = 2*found/marked_and_bad                   # (n, K)
-    return np.where(n_bad[:, 0] > 0, f1.max(1), np.nan)
+    known = found[:, -1] > 0
+    return np.where(known, f1.max(1), np.nan)
 
-# %% ../nbs/06a_resampling.ipynb #6c26cd4f
+# %% ../nbs/06a_resampling.ipynb #5abe2f50
 def image_steps(
     weights:np.ndarray, # (n, B) int
     scores:np.ndarray,  # (B,)
@@ -116,7 +117,7 @@ def image_steps(
     bad = np.add.reduceat(weights*labels, starts, axis=1)
     return good, bad
 
-# %% ../nbs/06a_resampling.ipynb #d62d8238
+# %% ../nbs/06a_resampling.ipynb #65633bf4
 def _as_row(o)->np.ndarray:
     "Take counts as they are; anything else must be finite numbers."
     counted = isinstance(o, np.ndarray) and o.dtype.kind in 'iu' and o.size
@@ -129,14 +130,14 @@ def check_rows(
     "Check the rows of all images."
     rows = [_as_row(o) for o in rows]
     shapes = [o.shape for o in rows]
-    fit = len(rows) == 3 and len({*shapes}) == 1 and len(shapes[0]) == 2 and len(rows[0]) == len(labels)
-    if not fit: raise ArgumentError(f'rows must be three of shape ({len(labels)}, bins), of good pixels, defective pixels and region weights, got {shapes}: count the maps of these images')
+    shape = shapes[0] if len(rows) == 3 and len({*shapes}) == 1 else ()
+    if len(shape) != 2 or shape[0] != len(labels): raise ArgumentError(f'rows must be three of shape ({len(labels)}, bins), of good pixels, defective pixels and region weights, got {shapes}: count the maps of these images')
     if any((o < 0).any() for o in rows): raise ArgumentError('rows must be counts, got a negative one: count the maps again')
     wrong = np.flatnonzero(rows[1].any(1) & ~labels)
     if wrong.size: raise ArgumentError(f'rows of good images must have no defective pixels, got {wrong.size} that do, the first at {wrong[0]}: are rows in the order of labels?')
     return rows
 
-# %% ../nbs/06a_resampling.ipynb #5a85d87e
+# %% ../nbs/06a_resampling.ipynb #163aef0b
 def joined(
     rows:Sequence[np.ndarray], # three of shape (B, bins)
 )->list[np.ndarray]: # three of shape (B, K), K <= bins
@@ -145,7 +146,7 @@ def joined(
     starts = np.flatnonzero(np.append(True, busy[1:] | busy[:-1]))
     return [np.add.reduceat(o, starts, axis=1) for o in rows]
 
-# %% ../nbs/06a_resampling.ipynb #c48fff01
+# %% ../nbs/06a_resampling.ipynb #7ed386f5
 def _summed(weights:np.ndarray, rows:np.ndarray)->np.ndarray: # (n, K) float64
     "Sum rows over the images of each resample."
     return weights @ rows.astype(np.float64, copy=False)
@@ -155,18 +156,20 @@ def aupimos(
     rows:list[np.ndarray], # three of shape (B, K)
     labels:np.ndarray,     # (B,) bool
 )->np.ndarray: # (n,) NaN without a good image or without a defect
-    "Take the AUPIMO of each resample: an image's share of defective pixels in a bin, times what is left of the budget there."
-    defect = rows[1].any(1)
-    clean = _summed(weights[:, ~labels], rows[0][~labels]).cumsum(1) # (n, K) pixels of good images in a bin or above
-    n_bad = rows[1][defect].sum(1, keepdims=True)
-    shares = weights[:, defect] @ (rows[1][defect]/n_bad)            # (n, K)
+    "Take the AUPIMO of each resample: shares of an image's defect, times what is left of the budget there."
+    good, bad, _ = rows
+    clean = _summed(weights[:, ~labels], good[~labels]).cumsum(1) # (n, K) pixels of good images in a bin or above
+    defect = bad.any(1)
+    bad = bad[defect]
+    weights = weights[:, defect]
+    shares = weights @ (bad/bad.sum(1, keepdims=True))            # (n, K)
     with np.errstate(invalid='ignore'):
         rates = clean/clean[:, -1:]
         before = np.concatenate([rates[:, :1]*0, rates[:, :-1]], 1)
         left = log_budget_at(before, rates)
-        return (left*shares).sum(1)/weights[:, defect].sum(1)
+        return (left*shares).sum(1)/weights.sum(1)
 
-# %% ../nbs/06a_resampling.ipynb #faf7a3f1
+# %% ../nbs/06a_resampling.ipynb #d3c9e0ec
 def pixel_part(
     weights:np.ndarray,     # (n, B) int: some of the resamples
     rows:list[np.ndarray],  # three of shape (B, K)
@@ -175,14 +178,15 @@ def pixel_part(
 )->dict[str,np.ndarray]: # metric -> (n,)
     "Take the pixel metrics of some resamples."
     weights = weights.astype(np.float64)
-    good, bad, region = (_summed(weights, o) for o in rows)   # (n, K)
+    good, bad, region = (_summed(weights, o) for o in rows) # (n, K)
     defect = rows[1].any(1)
-    among = _summed(weights[:, defect], rows[0][defect])      # (n, K) good pixels beside a defect
-    metrics = dict(pixel_auroc=areas(good, bad), pixel_ap=precision_areas(good, bad), pixel_f1max=best_f1s(good, bad))
+    around = _summed(weights[:, defect], rows[0][defect])   # (n, K) good pixels beside a defect
+    metrics = dict(pixel_auroc=areas(good, bad), pixel_ap=precision_areas(good, bad))
+    metrics['pixel_f1max'] = best_f1s(good, bad)
     metrics |= {name: areas(good, region, o) for name, o in aupro_names(limits).items()}
     metrics['aupimo'] = aupimos(weights, rows, labels)
-    metrics |= dict(anomaly_pixel_auroc=areas(among, bad), anomaly_pixel_ap=precision_areas(among, bad))
-    return metrics | dict(anomaly_pixel_f1max=best_f1s(among, bad), anomaly_aupro=areas(among, region, limits[0]))
+    metrics |= dict(anomaly_pixel_auroc=areas(around, bad), anomaly_pixel_ap=precision_areas(around, bad))
+    return metrics | dict(anomaly_pixel_f1max=best_f1s(around, bad), anomaly_aupro=areas(around, region, limits[0]))
 
 def seg_f1s(
     weights:np.ndarray, # (n, B) int
@@ -196,7 +200,7 @@ def seg_f1s(
     f1 = 2*(weights @ hits)/both
     return np.where(bad > 0, f1, np.nan)
 
-# %% ../nbs/06a_resampling.ipynb #a92ac977
+# %% ../nbs/06a_resampling.ipynb #33529587
 def resampled_metrics(
     weights:np.ndarray,                 # (n, B) int, as `resamples` returns them
     image_scores,                       # (B,) higher = more anomalous
@@ -209,7 +213,8 @@ def resampled_metrics(
     scores, labels = scores_and_labels(image_scores, labels, ('image_scores', 'labels'))
     if weights.shape[1:] != scores.shape: raise ArgumentError(f'weights must be (n, B) for B = {scores.size} images, got {weights.shape}: pass those of resamples(labels)')
     steps = image_steps(weights, scores, labels)
-    metrics = dict(image_auroc=areas(*steps), image_ap=precision_areas(*steps), image_f1max=best_f1s(*steps))
+    metrics = dict(image_auroc=areas(*steps), image_ap=precision_areas(*steps))
+    metrics['image_f1max'] = best_f1s(*steps)
     if rows is None: return metrics
     rows = joined(check_rows(rows, labels))
     n_parts = ceil(weights.shape[0]*rows[0].shape[1]/300_000) # each fits into a cache
@@ -219,7 +224,7 @@ def resampled_metrics(
     hits, marked = map(np.asarray, marks)
     return metrics | dict(seg_f1=seg_f1s(weights, rows[1].sum(1), hits, marked))
 
-# %% ../nbs/06a_resampling.ipynb #bc05c382
+# %% ../nbs/06a_resampling.ipynb #b9e792ae
 def by_kind_of_rows(
     image_scores,              # (B,) higher = more anomalous
     kinds:Sequence[str],       # (B,) name of the kind of defect, or "good"
