@@ -99,8 +99,8 @@ def svg_path(
     x, y, # places of the same length, pixels
 )->str: # the `d` of an SVG path
     "Join places by straight strokes."
-    places = [f'{a:.1f},{b:.1f}' for a, b in zip(x, y)]
-    return 'M'+'L'.join(places)
+    places = np.stack([x, y], 1).tolist()
+    return 'M'+'L'.join(f'{a:.1f},{b:.1f}' for a, b in places)
 
 def svg_text(
     x:float, y:float, # where, pixels
@@ -123,7 +123,8 @@ def svg_dot(
     **more,  # attributes of it
 )->str: # SVG
     "Draw a dot."
-    return element('circle', cx=round(float(x), 1), cy=round(float(y), 1), r=r, **more)
+    cx, cy = (round(float(o), 1) for o in (x, y))
+    return element('circle', cx=cx, cy=cy, r=r, **more)
 
 def svg_drawing(
     w:int, h:int, # pixels
@@ -168,7 +169,8 @@ def roc_svg(
     x, y = place(point)
     is_known = x == x and y == y # a NaN is not itself
     if is_known: parts.append(svg_dot(x, y, 5, fill=BAD, stroke='currentColor'))
-    return svg_drawing(left+side+8, above+side+28, parts, f'ROC curve, area {area:.3f}')
+    width, height = left+side+8, above+side+28
+    return svg_drawing(width, height, parts, f'ROC curve, area {area:.3f}')
 
 # %% ../nbs/10a_board.ipynb #43075cc8
 BASE = 96 # of a histogram, pixels from above
@@ -194,6 +196,7 @@ class Axis:
     def y(self, share): # pixels from above
         return BASE-np.asarray(share)*(BASE-18)
 
+# %% ../nbs/10a_board.ipynb #30785949
 def histogram_path(
     counts:np.ndarray, # (bins,) images in each bin
     most:int,          # that are as high as the drawing
