@@ -187,4 +187,5 @@ def evaluate(
 # %% ../nbs/06_evaluation.ipynb #ea7004a5
 __getattr__ = renamed(__name__, pixel_figures='pixel_metrics', no_pixel_figures='no_pixel_metrics',
     auroc_pairs='auc.auroc_pairs', add_sorted='auc.add_sorted', aupro_regions='aupro.aupro_regions',
-    aupimo_curves='aupimo.aupimo_curves', log_room='aupimo.log_budget_left', room_between='aupimo.log_budget_at')
+    aupimo_curves='aupimo.aupimo_curves', log_room='aupimo.log_budget_left',
+    room_between='aupimo.log_budget_at')

@@ -133,4 +133,5 @@ def over_seeds(
 _all_ = ['auroc_interval', 'auroc_variance', 'perfect_auroc_bound', 'share_interval',
          'by_kind_of_rows', 'is_metric', 'naive_metrics', 'resampled_metrics', 'resamples']
 __getattr__ = renamed(__name__, is_figure='is_metric', naive_figures='naive_metrics',
-    resampled_figures='resampled_metrics', areas='resampling.areas', precision_areas='resampling.precision_areas', best_f1s='resampling.best_f1s')
+    resampled_figures='resampled_metrics', areas='resampling.areas',
+    precision_areas='resampling.precision_areas', best_f1s='resampling.best_f1s')
