@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 METADATA := settings.ini setup.py pyproject.toml
 
-.PHONY: help demo test docs lab readme bench
+.PHONY: help demo test quick docs lab readme bench
 help:
 	@grep '^## ' Makefile
 
@@ -13,14 +13,23 @@ help:
 demo: $(VENV)/installed
 	$(BIN)/patchcore_nb_run --gpu -1 --seed 0 --save_patchcore_model --save_segmentation_images --log_project demo --log_group filterbank demo_results patch_core -b filterbank -le layer2 -le layer3 sampler -p 0.1 approx_greedy_coreset dataset -d denim -d sieve -d cog demo demo_data
 
-## make test    pip install -e '.[dev]'  then python tools/check_clean.py; nbdev_test; nbdev_test --flags tutorial --path nbs/tutorials; python tools/pages.py; pytest tests
+## make test    pip install -e '.[dev]'  then python tools/check_clean.py; ruff check; nbdev_test; nbdev_test --flags tutorial --path nbs/tutorials; python tools/pages.py; pytest tests
 # Notebooks run side by side, one a core; were each to take all cores besides, they would be three times as slow.
 test: $(VENV)/installed-dev
 	$(BIN)/python tools/check_clean.py
+	$(BIN)/ruff check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --flags tutorial --path nbs/tutorials
 	$(BIN)/python tools/pages.py
 	$(BIN)/python -m pytest tests
+
+## make quick   pip install -e '.[dev]'  then python tools/check_clean.py; ruff check; python tools/changed.py (the notebooks that differ from main); pytest of a few tests: three minutes
+QUICK := $(addprefix tests/test_,house.py numerics.py guide.py)
+quick: $(VENV)/installed-dev
+	$(BIN)/python tools/check_clean.py
+	$(BIN)/ruff check
+	OMP_NUM_THREADS=1 $(BIN)/python tools/changed.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(QUICK)
 
 ## make docs    pip install -e '.[dev]'  then python tools/pages.py --render (the site, into _docs/; without Quarto by Sphinx, which takes pip install -e '.[docs]')
 docs: $(VENV)/installed-dev

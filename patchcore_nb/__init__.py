@@ -23,12 +23,21 @@ _WHERE = {
     'aggregator': 'Aggregator',
     'samplers': 'coreset register_sampler',
     'suspects': '',
-    'scorer': 'Scorer',
+    'scorer': 'Rule Scorer register_distance register_patch_score score',
     'evaluation': 'evaluate',
     'pixels': 'Tally by_kind',
     'intervals': 'bootstrap compare',
     'thresholds': 'Calibration calibrate',
-    'patchcore': 'PatchCore Prediction',
+    'embedding': 'Compute Embedding',
+    'items': '',
+    'embedder': 'Embedder',
+    'memory_bank': 'MemoryBank',
+    'left_out': '',
+    'prediction': 'Detector Prediction',
+    'fitting': 'Recipe',
+    'changes': '',
+    'patchcore': 'PatchCore',
+    'state': '',
     'ensemble': 'Ensemble',
     'presets': 'preset',
     'store': 'load save',
@@ -52,7 +61,6 @@ def __getattr__(name):
     if name not in _MODULE and name not in _WHERE: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     module = importlib.import_module('patchcore_nb.'+_MODULE.get(name, name))
     if name in _WHERE: return module
-    if name in ('PatchCore', 'Prediction', 'Ensemble', 'preset', 'load'): importlib.import_module('patchcore_nb.plots') # how they show themselves
     value = globals()[name] = getattr(module, name)
     return value
 

@@ -36,10 +36,9 @@ def demo_root(tmp_path_factory)->Path: # a folder in MVTec's layout
 @pytest.fixture
 def offline(monkeypatch):
     "A test that would download weights fails."
-    from patchcore_nb import extractor
-    build = extractor._build
-    def local(library, name, pretrained):
+    from patchcore_nb import build
+    def local(library, name, pretrained, real=build.build_network):
         assert not pretrained, f'{name} would be downloaded'
-        return build(library, name, pretrained)
-    monkeypatch.setattr(extractor, '_build', local)
+        return real(library, name, pretrained)
+    monkeypatch.setattr(build, 'build_network', local)
     monkeypatch.delenv('PATCHCORE_NB_WEIGHTS', raising=False)

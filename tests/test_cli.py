@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from patchcore_nb import core, experiment, extractor, store
+from patchcore_nb import build, core, experiment, store
 from patchcore_nb.cli import main
 from patchcore_nb.data import make_miniature
 
@@ -352,10 +352,10 @@ def weights_damaged(data):
 @pytest.mark.parametrize('case', [missing_folder, empty_folder, folder_is_a_file, no_train_good, empty_train_good, no_test, wrong_category, zero_bytes, zero_bytes_in_test,
                                   not_an_image, mask_of_another_size, no_weights, weights_folder_missing, weights_damaged])
 def test_data_errors(call, tmp_path, data, case, monkeypatch):
-    def offline(library, name, pretrained, real=extractor._build):
+    def offline(library, name, pretrained, real=build.build_network):
         if pretrained: raise OSError('no route to host')
         return real(library, name, pretrained)
-    monkeypatch.setattr(extractor, '_build', offline)
+    monkeypatch.setattr(build, 'build_network', offline)
     kw, words = case(data)
     refused(call(**kw), 1, *words)
     assert not (tmp_path/'results').exists()

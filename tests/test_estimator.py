@@ -120,7 +120,7 @@ def test_the_first_image_tells_the_shape_where_nothing_is_cut(tmp_path):
     assert other.preprocess_ == Preprocess((32, 48), None)
 
 def test_images_too_small_for_a_rectangle():
-    with pytest.raises(DataError, match='90 x 64 when scaled.*--no_crop'): model(imagesize=(64, 96)).fit(np.zeros((2, 64, 90, 3), np.uint8))
+    with pytest.raises(DataError, match='90 x 64 when scaled.*imagesize=None'): model(imagesize=(64, 96)).fit(np.zeros((2, 64, 90, 3), np.uint8))
 
 @pytest.mark.parametrize('kw', [dict(), dict(imagesize=(224, 300)), dict(imagesize=None), dict(resize=(256, 256)), dict(resize=(250, 180), imagesize=(240, 170))])
 def test_a_defect_comes_back_where_it_was_drawn(kw):

@@ -1,12 +1,18 @@
 "Weights files as people have them, and backbones of both libraries; nothing is downloaded."
+import copy
+import gc
+import io
 import os
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from patchcore_nb import extractor
+from patchcore_nb import build, extractor
 from patchcore_nb.core import ArgumentError, DataError
 from patchcore_nb.extractor import Extractor, create_backbone, find_backbone, find_weights, map_shapes, put_weights, read_weights
 from patchcore_nb.patchcore import PatchCore
@@ -53,7 +59,6 @@ def test_extractor_matches_the_network_run_whole():
     for layers in (['layer2', 'layer3'], ['layer3', 'layer1'], ['layer4']):
         got = Extractor(backbone, layers)(x)
         assert list(got) == layers and all(torch.allclose(got[o], seen[o], rtol=1e-4, atol=1e-5*float(seen[o].max())) for o in layers) # another order in memory, another order of sums
-    assert not any(m._forward_hooks for m in backbone.modules())
 
 @pytest.mark.parametrize('layers, says', [(['layr2'], "did you mean 'layer"), ([], 'at least one'), (['layer2', 'layer2'], 'twice'), (['layer2', ''], 'unknown layer'), (['layer2', 'conv9'], 'layer3')])
 def test_unknown_layers(layers, says):
@@ -65,7 +70,7 @@ def test_layers_that_are_no_maps(name, layer):
     with pytest.raises(ArgumentError, match='yields .* not a map'): map_shapes(Extractor(create_backbone(name, 'random'), [layer]), 224)
 
 def test_images_too_small_for_the_backbone():
-    with pytest.raises(ArgumentError, match='another --imagesize'): PatchCore('densenet121', ['features.denseblock4'], weights='random', resize=8, imagesize=8, ratio=1).fit(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ArgumentError, match='another imagesize'): PatchCore('densenet121', ['features.denseblock4'], weights='random', resize=8, imagesize=8, ratio=1).fit(torch.zeros(1, 3, 8, 8))
 
 @pytest.mark.parametrize('name, near', [('resnet-18', 'resnet18'), ('wideresnet', 'wideresnet50'), ('filterbnk', 'filterbank'), ('resnetv2_50x', 'resnetv2_50')])
 def test_unknown_backbones(name, near):
@@ -140,9 +145,9 @@ def test_cut_off_weights(tmp_path, state):
 def test_no_weights_to_be_had(tmp_path, monkeypatch):
     "What was tried, what to supply and where, and the way without."
     def no_network(*args, pretrained): raise OSError('<urlopen error [Errno 111] Connection refused>\nin two lines')
-    monkeypatch.setattr(extractor, '_build', no_network)
+    monkeypatch.setattr(build, 'build_network', no_network)
     with pytest.raises(DataError) as e: create_backbone('wideresnet50', weights_dir=tmp_path)
-    for part in ('wideresnet50.safetensors, .pth or .pt', 'Connection refused', '--weights_dir', 'PATCHCORE_NB_WEIGHTS', 'filterbank'): assert part in str(e.value)
+    for part in ('wideresnet50.safetensors, .pth or .pt', 'Connection refused', 'weights_dir', 'PATCHCORE_NB_WEIGHTS', 'filterbank'): assert part in str(e.value)
     assert len(str(e.value).splitlines()) == 1
     with pytest.raises(DataError, match='weights folder .* is not there'): create_backbone('resnet18', weights_dir=tmp_path/'none')
 
@@ -157,3 +162,111 @@ def test_a_backbone_that_was_used_can_be_asked_for_gradients():
     Extractor(backbone, ['layer2'])(torch.zeros(1, 3, 64, 64))
     backbone.requires_grad_(True)(torch.zeros(1, 3, 64, 64)).sum().backward()
     assert not any(o.is_inference() for o in backbone.parameters())
+
+
+# Many threads, one network
+
+THREADS, CALLS = 4, 200
+
+def noise(seed, size=64): return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+def same(got, want): return list(got) == list(want) and all(torch.allclose(got[k], want[k], rtol=1e-5, atol=1e-5*float(want[k].abs().max())) for k in want)
+
+def in_pool(work, items):
+    "As `map`, in threads that start together."
+    gate = threading.Barrier(THREADS)
+    with ThreadPoolExecutor(THREADS, initializer=gate.wait) as pool: return list(pool.map(work, items))
+
+def plain(backbone, x):
+    "What the network yields when it is called by itself."
+    with torch.no_grad(): out = backbone(x)
+    return out if isinstance(out, dict) else {'out': out}
+
+SHARED = {'resnet18': (['layer1', 'layer2'], ['layer3', 'layer2']), 'filterbank': (['layer2', 'layer3'], ['layer2'])}
+
+@pytest.fixture(params=SHARED)
+def shared(request):
+    "One network, as nobody used it before, and two extractors of different layers on it."
+    backbone = create_backbone(request.param, 'random')
+    first, second = SHARED[request.param]
+    return backbone, [Extractor(backbone, first), Extractor(backbone, second)]
+
+def test_threads_share_a_network(shared):
+    "200 calls of two extractors from four threads, the very first ones included, yield what they yield one after the other."
+    backbone, extractors = shared
+    calls, alone = [(i%2, noise(i)) for i in range(CALLS)], copy.deepcopy(extractors)
+    got = in_pool(lambda call: extractors[call[0]](call[1]), calls)
+    assert all(same(o, alone[i](x)) for o, (i, x) in zip(got, calls))
+    assert same(plain(backbone, noise(0)), plain(alone[0].backbone, noise(0)))
+
+def test_whole_passes_beside_stopped_ones(shared):
+    _, (first, second) = shared
+    want = [first(noise(i)) for i in range(8)]
+    got = in_pool(lambda i: second(noise(i), stop=False) if i%2 else first(noise(i//2), stop=i%4 == 0), range(16))
+    assert all(same(got[2*i], want[i]) for i in range(8))
+
+class Branching(torch.nn.Module):
+    "A network with a layer that takes no part, another that fails on black images, and a last one."
+    def __init__(self):
+        super().__init__()
+        self.body, self.idle, self.end = (torch.nn.Conv2d(c, 4, 3) for c in (3, 4, 4))
+    def forward(self, x):
+        if not x.any(): raise RuntimeError('black')
+        return self.end(self.body(x))
+
+def test_errors_in_one_thread_disturb_no_other():
+    "A layer that takes no part, an image that the network refuses, a layer that is no map."
+    backbone = Branching().eval().requires_grad_(False)
+    good, idle = Extractor(backbone, ['body', 'end']), Extractor(backbone, ['body', 'idle'])
+    def work(i):
+        try: return good(noise(i)) if i%3 == 0 else idle(noise(i)) if i%3 == 1 else good(torch.zeros(1, 3, 64, 64))
+        except (ArgumentError, RuntimeError) as e: return str(e)
+    got = in_pool(work, range(CALLS))
+    assert all(same(o, good(noise(i))) for i, o in enumerate(got) if i%3 == 0)
+    assert {str(o) for o in got[1::3]} == {'layer idle takes no part in the forward pass: name another one'} and set(got[2::3]) == {'black'}
+    assert torch.equal(backbone(noise(1)), backbone.end(backbone.body(noise(1))))
+
+def test_calls_within_a_call_and_in_a_copied_context():
+    "An extractor in the network of another one; a thread that is given the context of a running call."
+    class Outer(torch.nn.Module):
+        def __init__(self, inner): super().__init__(); self.inner, self.end = inner, torch.nn.Conv2d(64, 2, 1)
+        def forward(self, x):
+            with ThreadPoolExecutor(1) as pool: maps = pool.submit(copy_context().run, self.inner, x).result()
+            assert torch.equal(maps['layer1'], self.inner(x)['layer1'])
+            return self.end(maps['layer1'])
+    inner = Extractor(create_backbone('resnet18', 'random'), ['layer1'])
+    outer = Extractor(Outer(inner).requires_grad_(False), ['end'])
+    want = outer.backbone.end(inner(noise(0))['layer1'])
+    assert same(outer(noise(0)), {'end': want})
+
+@pytest.mark.parametrize('how', [*range(2, pickle.HIGHEST_PROTOCOL+1), 'deepcopy', 'torch.save'])
+@pytest.mark.parametrize('used', [False, True], ids=['fresh', 'used'])
+def test_extractors_can_be_copied_and_stored(how, used):
+    "Before and after their first call; a copy shares nothing with what it was copied from."
+    extractor = Extractor(create_backbone('filterbank'), ['layer2', 'layer3'])
+    want = extractor(noise(0)) if used else Extractor(create_backbone('filterbank'), ['layer2', 'layer3'])(noise(0))
+    if how == 'deepcopy': other = copy.deepcopy(extractor)
+    elif how == 'torch.save':
+        buffer = io.BytesIO()
+        torch.save(extractor, buffer)
+        buffer.seek(0)
+        other = torch.load(buffer, weights_only=False)
+    else: other = pickle.loads(pickle.dumps(extractor, how))
+    extractor.backbone.layer2.mean += 1
+    assert same(other(noise(0)), want)
+    for _ in range(3): assert same(in_pool(other, [noise(0)]*8)[-1], want)
+
+def test_hooks_of_others_stay_and_ours_does_not_pile_up():
+    "One hook a module, however many extractors listen there; networks can be let go."
+    backbone, ran = create_backbone('filterbank'), []
+    handle = backbone.layer2.register_forward_hook(lambda *args: ran.append(1))
+    for layers in (['layer2'], ['layer2', 'layer3'], ['layer2']):
+        for _ in range(3): Extractor(backbone, layers)(noise(0))
+    assert len(ran) == 9 and len(backbone.layer2._forward_hooks) == 2 and len(backbone.layer3._forward_hooks) == 1
+    handle.remove()
+    backbone.layer2._forward_hooks.clear() # by somebody who cleans up
+    assert list(Extractor(backbone, ['layer2'])(noise(0))) == ['layer2']
+    layouts, before = extractor._LAYOUTS, len(extractor._LAYOUTS)
+    del backbone
+    gc.collect()
+    assert len(layouts) < before

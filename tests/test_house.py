@@ -3,11 +3,15 @@ import ast
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import zipfile
 from configparser import ConfigParser
+from email.parser import Parser
 from pathlib import Path
 
+import house
 import nbformat
 import pages
 import pytest
@@ -106,6 +110,126 @@ def test_text_files_are_opened_as_utf8(path):
     assert not [f'{path.name}:{n.lineno}' for n in bare]
 
 
+# How the code reads, and how the notebooks do. `python tools/house.py` prints where we stand.
+# What is not reached yet, and what it waits for: a line goes when its rule holds.
+NOT_YET = {
+    'nodes': 'the redesign of the notebooks is under way',
+    'parallel': 'the redesign of the notebooks is under way',
+    'columns': 'the redesign of the notebooks is under way',
+    'minutes': 'the redesign of the notebooks is under way',
+    'shown': 'the redesign of the notebooks is under way',
+    'imports': 'the redesign of the notebooks is under way',
+    'methods': 'the redesign of the notebooks is under way',
+    'private': 'the redesign of the notebooks is under way',
+}
+
+def rule(name):
+    "A rule of the house; not one to be held yet if it is in NOT_YET."
+    return pytest.mark.xfail(name in NOT_YET, reason=NOT_YET.get(name, ''), strict=False)
+
+FOUND = house.modules()
+
+def listed(what, places): return '\n  '.join([f'{what}:', *places])
+
+@rule('functions')
+def test_functions_are_short(): assert not (long := house.long_functions(FOUND)), listed(f'functions of more than {house.LINES} lines, their signature apart', long)
+
+@rule('nodes')
+def test_statements_say_one_thing():
+    sizes = house.sizes(FOUND)
+    densest = [f'{o.place}: {o.nodes} expression nodes' for o in sizes[:-21:-1]]
+    assert house.median(sizes) <= house.MEDIAN, listed(f'a statement has {house.median(sizes):g} expression nodes in the median, at most {house.MEDIAN} are wanted; the densest', densest)
+    assert house.p90(sizes) <= house.P90, listed(f'at the 90th percentile a statement has {house.p90(sizes)} expression nodes, at most {house.P90} are wanted; the densest', densest)
+
+@rule('parallel')
+def test_unrelated_things_are_assigned_one_by_one():
+    places, n = house.parallel(FOUND), len(house.sizes(FOUND))
+    assert 100*len(places) < house.PARALLEL*n, listed(f'{100*len(places)/n:.1f}% of the statements assign several things at once, less than {house.PARALLEL}% may', places)
+
+@rule('columns')
+def test_lines_are_narrow(): assert not (wide := house.wide(FOUND)), listed(f'lines of more than {house.COLUMNS} columns', wide)
+
+@rule('minutes')
+def test_notebooks_are_read_in_twenty_minutes():
+    long = [f'{o.name}: {o.minutes:.1f} minutes' for o in map(house.reading, house.numbered()) if o.minutes > house.MINUTES]
+    assert not long, listed(f'read in more than {house.MINUTES} minutes: these are two ideas', long)
+
+@rule('shown')
+def test_something_is_shown_again_and_again():
+    blind = [f'{o.name}: {o.unshown} exported lines' for o in map(house.reading, house.numbered()) if o.unshown > house.UNSHOWN]
+    assert not blind, listed(f'more than {house.UNSHOWN} exported lines in a row with nothing shown', blind)
+
+@rule('imports')
+def test_private_names_are_not_imported(): assert not (names := house.private_imports(FOUND)), listed('a name that others import has no underscore', names)
+
+@rule('methods')
+def test_patchcore_is_thin():
+    methods = house.methods(FOUND)
+    assert methods, 'no class PatchCore is found'
+    assert len(methods) <= house.METHODS, listed(f'PatchCore has {len(methods)} methods, at most {house.METHODS} are wanted', methods)
+
+@rule('private')
+def test_private_attributes_are_used_at_home():
+    "In the notebooks, the benchmarks and the tools."
+    uses = house.private_uses([*house.scripts(), *map(house.cells, house.numbered())])
+    assert not uses, listed('private attributes, used outside the notebook that defines them', uses)
+
+
+# What the figures count: each rule on a few lines of its own.
+def module(text, name='m.py'): return house.Module(name, text, ast.parse(text))
+
+def cell(kind, source, outputs=()): return dict(cell_type=kind, source=source, **(dict(outputs=list(outputs)) if kind == 'code' else {}))
+
+def test_what_a_statement_is():
+    "Docstrings, imports and heads of blocks say nothing by themselves; what stands in a block does."
+    sizes = house.sizes([module('"doc"\nimport os\nx = 1\nif x:\n    y = f(x)+1\n')])
+    assert [(o.nodes, o.place) for o in sizes] == [(2, 'm.py:3'), (6, 'm.py:5')]
+    assert house.median(sizes) == 4 and house.p90(sizes) == 6
+
+def test_what_is_parallel(): assert house.parallel([module('a, b = 1, 2\nc, d = f()\n[e, g] = h\n')]) == ['m.py:1']
+
+def test_what_is_wide():
+    long = 'x'*120
+    texts = [f"a = '{long}'", f"a = '{long}' # said", f"a = '{long}#'", f"raise DataError('{long}')", f"warn('{long}')", f"option(help='{long}')", 'a = 1']
+    assert house.wide([module('\n'.join(texts))]) == ['m.py:1 (126)', 'm.py:3 (127)']
+
+def test_what_is_long():
+    "A signature may have any number of lines."
+    head = 'def {}(\n' + '    a, # first\n    b,\n'*20 + '):\n'
+    assert house.long_functions([module(head.format('short') + '    a\n'*30 + head.format('long') + '    a\n'*31)]) == ['m.py:long: 31 lines']
+
+def test_what_is_nested(): assert house.nested([module('[x for x in y]\n[[x for x in z] for z in y]\n')]) == ['m.py:2']
+
+def test_what_is_a_method():
+    "Patched ones in any module, and inherited ones of ours; a property is none."
+    own = module('class Base:\n    def above(self): 1\nclass PatchCore(Base, Other):\n    def fit(self): 1\n    @property\n    def k_(self): 1\nclass Another:\n    def no(self): 1\n')
+    other = module('@patch\ndef predict(self:PatchCore, x): 1\n@patch(as_prop=True)\ndef grid_(self:PatchCore): 1\n@patch\ndef no(self:PatchCoreLike): 1\n@patch\ndef _both(self:PatchCore|Another): 1\ndef f(model:PatchCore): 1\n')
+    assert house.methods([own, other]) == ['_both', 'above', 'fit', 'predict']
+
+def test_what_is_private():
+    assert house.private_imports([module('from .a import _b, c, __d__\nfrom patchcore_nb.a import _e\nfrom torch import _f\nfrom . import _g')]) == ['m.py <- _b', 'm.py <- _e', 'm.py <- _g']
+    home = 'class A:\n    def _own(self): self._x = super()._y\ndef f(a): return a._own(), a._x, cls._z, self._u, t._replace(), t._repr_html_, torch._int_mm\nimport torch'
+    assert house.private_uses([module(home)]) == []
+    assert house.private_uses([module('def f(model): return model._embed(), f()._x, model.a._y, model.public')]) == ['m.py: f()._x', 'm.py: model._embed', 'm.py: model.a._y']
+    assert house.private_uses([module('@patch\ndef f(self:PatchCore): return self._embed()')]) == ['m.py: self._embed']
+    assert house.private_uses([module('class PatchCore:\n    def _embed(self): 1\n@patch\ndef f(self:PatchCore): return self._embed(), self._other')]) == []
+
+def test_what_takes_time(tmp_path):
+    "Words and lines of code, formulas as a word, hidden cells not at all; what is exported after an output begins anew."
+    prose, code = ('a word '*99+'$x + y$ end', '\n'.join(['a = 1', '']*20))
+    cells = [cell('markdown', prose), cell('code', code), cell('code', '#| hide\n'+code), cell('raw', prose), cell('code', f'#| export\n{code}'), cell('code', 'a', ['1']), cell('code', f'#| exporti\n{code}'), cell('code', 'a'), cell('code', f'#| export\n{code}')]
+    (tmp_path/'00_a.ipynb').write_text(json.dumps(dict(cells=cells)), encoding='utf-8')
+    assert house.reading(tmp_path/'00_a.ipynb') == ('00_a', 200/200+82/20, 40)
+
+def test_what_is_read_of_a_notebook(tmp_path):
+    (tmp_path/'00_a.ipynb').write_text(json.dumps(dict(cells=[cell('code', ['a = b._c\n', 'd']), cell('code', '!ls'), cell('markdown', 'x._y')])), encoding='utf-8')
+    assert house.private_uses([house.cells(tmp_path/'00_a.ipynb')]) == ['00_a.ipynb: b._c']
+
+def test_the_table_is_printed(capsys):
+    house.main()
+    assert 'median' in capsys.readouterr().out
+
+
 @each_notebook
 def test_notebook_head(path):
     "Title and summary alone in the first cell (the site drops whatever else stands there), then where it is exported to."
@@ -163,7 +287,7 @@ def texts():
     "(name, text) of every text file of the project; of a notebook the cells and their text outputs."
     files = [*ROOT.glob('*.*'), ROOT/'Makefile', ROOT/'.ci/run', *ROOT.glob('.github/**/*.yaml'), *PACKAGE.rglob('*.py'),
              *(p for d in ('tests', 'tools', 'benchmarks') for p in (ROOT/d).rglob('*.py'))]
-    yield from ((p.name, p.read_text(encoding='utf-8')) for p in files if p.is_file() and p.suffix in {'', '.py', '.md', '.ini', '.toml', '.yml', '.yaml', '.in'})
+    yield from ((p.name, p.read_text(encoding='utf-8')) for p in files if p.is_file() and p.name != '.git' and p.suffix in {'', '.py', '.md', '.ini', '.toml', '.yml', '.yaml', '.in'})
     for path in NOTEBOOKS:
         for cell in nbformat.read(path, 4).cells:
             outputs = [o.get('text') or {k: v for k, v in o.get('data', {}).items() if k.startswith('text/')} for o in cell.get('outputs', [])]
@@ -184,6 +308,39 @@ def test_metadata():
     assert patchcore_nb.__version__ == SETTINGS['version']
     assert {('name', SETTINGS['lib_name']), ('requires-python', f">={SETTINGS['min_python']}")} <= set(re.findall(r'^([\w-]+) ?= ?"(.*)"$', (ROOT/'pyproject.toml').read_text(encoding='utf-8'), re.MULTILINE))
 
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    "The package as it is published, built from a copy of what it is built from."
+    tree = tmp_path_factory.mktemp('tree')
+    for name in ('settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE'): shutil.copy(ROOT/name, tree)
+    shutil.copytree(PACKAGE, tree/PACKAGE.name, ignore=shutil.ignore_patterns('__pycache__'))
+    command = [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '--no-index', '.', '-w', 'made']
+    made = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout+made.stderr
+    with zipfile.ZipFile(next((tree/'made').glob('*.whl'))) as z: yield z
+
+def test_a_wheel_holds_every_file(wheel):
+    "The modules, and what they read: templates, styles, the marker of typed packages."
+    files = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob('*') if p.is_file() and p.suffix != '.pyc'}
+    assert 'patchcore_nb/py.typed' in files
+    assert {o for o in wheel.namelist() if '.dist-info/' not in o} == files
+
+def test_a_wheel_says_what_the_settings_say(wheel):
+    "State and licence by nbdev's own keys; an extra for each list of requirements, and one for all of them."
+    said = Parser().parsestr(wheel.read(next(o for o in wheel.namelist() if o.endswith('METADATA'))).decode())
+    assert said['Version'] == SETTINGS['version'] and said['License-Expression'] == 'Apache-2.0' and SETTINGS['license'] == 'apache2'
+    assert [o for o in said.get_all('Classifier') if o.startswith('Development Status')] == [f"Development Status :: {SETTINGS['status']} - Alpha"]
+    lists = {k.removesuffix('_requirements'): shlex.split(v) for k, v in SETTINGS.items() if k.endswith('_requirements')}
+    assert {'dev', 'docs'} <= lists.keys() and set(said.get_all('Provides-Extra')) == {*lists, 'all'}
+    required = [Requirement(o) for o in said.get_all('Requires-Dist')]
+    def of(extra): return {o.name for o in required if o.marker and f'extra == "{extra}"' in str(o.marker)}
+    for extra, wanted in lists.items(): assert of(extra) == {Requirement(o).name for o in wanted}
+    assert of('all') == set().union(*map(of, lists))
+
+def test_hooks_have_nothing_to_add():
+    "`nbdev_install_hooks` adds this very line where it is missing, and would leave a changed file behind."
+    assert '*.ipynb merge=nbdev-merge\n' in (ROOT/'.gitattributes').read_text(encoding='utf-8')
+
 def test_site_configuration():
     site = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
     assert site['project']['type'] == 'website' and site['metadata-files'] == ['nbdev.yml', 'sidebar.yml']
@@ -200,6 +357,10 @@ def test_site_configuration():
 def test_make_demo_runs_every_category():
     from patchcore_nb.demo import DEMO_CATEGORIES
     assert re.findall(r' -d (\S+)', (ROOT/'Makefile').read_text(encoding='utf-8')) == list(DEMO_CATEGORIES)
+
+def test_make_quick_names_tests_that_are_there():
+    names = re.search(r'^QUICK := \$\(addprefix tests/test_,(.+)\)$', (ROOT/'Makefile').read_text(encoding='utf-8'), re.MULTILINE)[1].split(' ')
+    assert names and all((ROOT/f'tests/test_{o}').exists() for o in names)
 
 def test_documents_are_current(monkeypatch):
     monkeypatch.chdir(ROOT)

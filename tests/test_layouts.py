@@ -12,7 +12,7 @@ from patchcore_nb import data
 from patchcore_nb.cli import main
 from patchcore_nb.core import ArgumentError, DataError, read_image
 from patchcore_nb.data import DATASETS, TREES, Category, Preprocess, Sample, check_category, dataset_names, dataset_options, find_dataset, load_category, read_masks
-from patchcore_nb.layouts import make_layout
+from patchcore_nb.miniatures import make_layout
 
 LAYOUTS = {'mvtec': 'spot', 'mpdd': 'spot', 'btad': 'ko', 'mvtec_loco': 'logical_anomalies', 'mvtec_ad2': 'bad', 'visa': 'anomaly',
            'mtd': 'MT_Crack', 'ksdd': 'defect', 'folder': 'bad', 'csv': 'scratch'} # name -> kind of defect in its miniature
@@ -291,16 +291,22 @@ def test_a_row_of_visa_that_is_wrong(tmp_path):
 
 # Options, registration and entry points
 
+def test_every_dataset_is_where_the_table_says():
+    for name, module in DATASETS.ours.items(): assert find_dataset(name).__module__ == f'patchcore_nb.{module}'
+
 def test_options():
     assert dataset_options('folder') == ['normal', 'abnormal', 'masks', 'test_normal', 'seed'] and dataset_options('ksdd') == ['seed'] and dataset_options('mpdd') == []
     refused(ArgumentError, lambda: load_category('folder', '.', 'x', mask='*'), "option of dataset folder 'mask'", "did you mean 'masks'", 'test_normal')
     refused(ArgumentError, lambda: load_category('mpdd', '.', 'x', masks='*'), 'mpdd takes no options, got masks')
 
 @pytest.fixture
-def registry(monkeypatch):
+def registry():
     "Registrations that are forgotten afterwards."
-    monkeypatch.setattr(data, 'DATASETS', dict(DATASETS))
-    monkeypatch.setattr(data, 'TREES', dict(TREES))
+    before = dict(DATASETS.found), dict(TREES)
+    yield
+    for table, o in zip((DATASETS.found, TREES), before):
+        table.clear()
+        table.update(o)
 
 @pytest.fixture
 def plugins(tmp_path, monkeypatch, registry):
@@ -310,7 +316,7 @@ def plugins(tmp_path, monkeypatch, registry):
     meta.mkdir(parents=True)
     (meta/'METADATA').write_text('Metadata-Version: 2.1\nName: line-sets\nVersion: 1.0\n', encoding='utf-8')
     (meta/'entry_points.txt').write_text('[patchcore_nb.datasets]\nour_line = line_sets_of_ours:load\nbroken = line_sets_of_ours:gone\nhollow = line_sets_of_ours\nbtad = line_sets_of_ours:load\n', encoding='utf-8')
-    (site/'line_sets_of_ours.py').write_text('from dataclasses import replace\nfrom patchcore_nb.data import mvtec\n'
+    (site/'line_sets_of_ours.py').write_text('from dataclasses import replace\nfrom patchcore_nb.mvtec import mvtec\n'
         "def load(root, category, normal='x', seed=-1): return replace(mvtec(root, category), dataset=f'our_line_{normal}_{seed}')\n", encoding='utf-8')
     monkeypatch.syspath_prepend(str(site))
     yield make_layout(tmp_path/'set', 'mvtec', size=(64, 64))

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from patchcore_nb import extractor, store
+from patchcore_nb import build, store
 from patchcore_nb.core import ArgumentError, DataError
 from patchcore_nb.ensemble import Ensemble
 from patchcore_nb.extractor import create_backbone
@@ -106,7 +106,7 @@ def test_other_weights_are_noticed(saved, tmp_path):
 def test_missing_weights_are_named(model, tmp_path, monkeypatch, model_format):
     "As on another machine, without a network."
     def no_network(*args, pretrained): raise OSError('no route to host\nat all')
-    monkeypatch.setattr(extractor, '_build', no_network)
+    monkeypatch.setattr(build, 'build_network', no_network)
     monkeypatch.delenv('PATCHCORE_NB_WEIGHTS', raising=False)
     folder = save(model, tmp_path/'m', model_format)
     refused(lambda: load(folder), says='resnet18.safetensors, .pth or .pt')

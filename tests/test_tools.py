@@ -1,5 +1,6 @@
 "The tools behind make: the generator of README and its like, and the check that clean and export change nothing."
 import base64
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -163,6 +164,45 @@ def test_links_to_names_without_an_entry_are_taken_back(processed):
     text = (processed/'index.ipynb').read_text(encoding='utf-8')
     assert links.broken(processed, 'https://s/x') == [] and ' `g` ' in text and 'first.html#f' in text
 
+SIGNATURE = '### f\n\n```python\ndef f(\n    a, # as [`g`](https://s/x/tutorials/first.html#f) and [`L`](https://lib/basics.html#l) take it\n):\n```\n\n[`f`](https://s/x/tutorials/first.html#f)'
+
+def pieces(path):
+    "Every text of a notebook's file, as it is stored."
+    for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
+        yield cell['source']
+        for out in cell.get('outputs', []): yield from [out[k] for k in ('text',) if k in out]+[v for k, v in out.get('data', {}).items() if k.startswith('text/')]
+
+def test_texts_are_written_as_lines(processed):
+    "Quarto loses the line ends of a text in one piece: headings would swallow paragraphs, and code would run inline."
+    pages = [processed/'index.ipynb', processed/'tutorials/01_first.ipynb']
+    for path in pages:
+        nb = nbformat.read(path, 4)
+        nb.cells.append(new_code_cell('1\n2', outputs=[said('a\nb\n'), shown(text_markdown='c\n\nd')]))
+        text = json.loads(nbformat.writes(nb))
+        for cell in text['cells']: cell['source'] = ''.join(cell['source'])
+        path.write_text(json.dumps(text), encoding='utf-8')
+    assert links.garbled(processed) == [f'{path.relative_to(processed).as_posix()}, cell {i}: a text is no list of lines' for path in pages for i in range(len(nbformat.read(path, 4).cells))]
+    links.unlink(processed, 'https://s/x')
+    assert links.garbled(processed) == []
+    for text in (o for path in pages for o in pieces(path)):
+        assert isinstance(text, list) and all(line.endswith('\n') for line in text[:-1]) and not any('\n' in line[:-1] for line in text)
+
+def test_signatures_hold_no_links(processed):
+    "They are code: a link in it is brackets and an address."
+    path = processed/'tutorials/01_first.ipynb'
+    nb = nbformat.read(path, 4)
+    nb.cells += [new_code_cell('#| echo: false\nshow_doc(f)', outputs=[shown(text_markdown=SIGNATURE)]), new_markdown_cell(SIGNATURE)]
+    nbformat.write(nb, path)
+    assert links.garbled(processed) == ['tutorials/01_first.ipynb, cell 4: a link within a signature']
+    links.unlink(processed, 'https://s/x')
+    made = nbformat.read(path, 4).cells
+    text = made[4].outputs[0].data['text/markdown']
+    assert 'a, # as `g` and `L` take it' in text and text.endswith('[`f`](https://s/x/tutorials/first.html#f)') and links.garbled(processed) == []
+    assert made[5].source == SIGNATURE # what is written in a notebook's own code block stays as it is
+
+@pytest.mark.parametrize('text, right', [([], True), (['a'], True), (['a\n', 'b'], True), (['a\n', 'b\n'], True), ('a', False), ('', False), (['a', 'b'], False), (['a\nb'], False), (['a\n', 'b\nc\n'], False)])
+def test_lists_of_lines(text, right): assert links.in_lines(text) == right
+
 @pytest.mark.parametrize('link', ['no.ipynb', 'tutorials/01_first.ipynb#no', '#no', 'no.png', '../LICENSE', 'https://s/x/no.html', 'https://s/x/tutorials/first.html#no'])
 def test_broken_links_are_found(processed, link):
     nb = nbformat.read(processed/'index.ipynb', 4)
@@ -197,3 +237,23 @@ def test_sphinx_renders_what_quarto_would(processed, tmp_path_factory):
     out = tmp_path_factory.mktemp('site')/'docs'
     look.render(processed, out, 'T', 'https://s/x', 'https://github.com/a/b')
     assert (out/'tutorials/first.html').exists() and links.broken_html(out) == []
+
+
+def test_changed(project):
+    "What differs from the main branch is run, committed or not; what does not is left alone, and so is what is no notebook."
+    def git(*words): subprocess.run(['git', '-c', 'user.name=a', '-c', 'user.email=a@b', *words], cwd=project, check=True, capture_output=True)
+    nbformat.write(notebook('# Wrong\n\n> s', ('1/0',)), project/'nbs/02_wrong.ipynb')
+    for words in (['init', '-q', '-b', 'main'], ['add', '.'], ['commit', '-qm', 'a']): git(*words)
+    result = run('changed.py', project)
+    assert result.returncode == 0 and result.stdout == 'Notebooks that differ from main: none\n', result.stderr
+    git('switch', '-qc', 'mine')
+    change(project/'nbs/00_core.ipynb', 'return 1', 'return 2')
+    git('commit', '-qam', 'b')
+    nbformat.write(notebook('# New\n\n> s', ('assert True',)), project/'nbs/03_new.ipynb')
+    result = run('changed.py', project)
+    assert result.returncode == 0 and 'main: 00_core.ipynb, 03_new.ipynb\n' in result.stdout and 'Success' in result.stdout, result.stderr
+    nbformat.write(notebook('# Wrong\n\n> s', ('2/0',)), project/'nbs/02_wrong.ipynb')
+    result = run('changed.py', project)
+    assert result.returncode == 1 and 'ZeroDivisionError' in result.stdout+result.stderr
+    result = run('changed.py', project, '--base', 'no')
+    assert result.returncode == 1 and 'git merge-base HEAD no' in result.stderr

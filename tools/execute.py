@@ -13,24 +13,16 @@ from nbdev.config import get_config
 from readme import directives
 
 VIEW = 'application/vnd.jupyter.widget-view+json'
-
-
-class Runner(NotebookClient):
-    "Executes all cells but some."
-    skip = frozenset()
-
-    async def async_execute_cell(self, cell, cell_index, **kwargs):
-        if cell_index in self.skip: return cell
-        return await super().async_execute_cell(cell, cell_index, **kwargs)
+SKIP = 'skip-execution' # the tag by which nbclient passes over a cell
 
 
 def passed_over(
-    nb,              # a notebook
-    flags:set[str],  # of cells that are not to be executed
-)->frozenset[int]: # indices of code cells
-    "The cells that are not executed."
-    marks = {i: directives(c.source)[0] for i, c in enumerate(nb.cells) if c.cell_type == 'code'}
-    return frozenset(i for i, o in marks.items() if o.get('eval') is False or flags & o.keys())
+    cell,           # a cell of a notebook
+    flags:set[str], # of cells that are not to be executed
+)->bool:
+    "Tell whether a cell is not executed."
+    marks = directives(cell.source)[0] if cell.cell_type == 'code' else {}
+    return marks.get('eval') is False or bool(flags & marks.keys())
 
 
 def execute(
@@ -40,13 +32,15 @@ def execute(
 )->int: # cells that were passed over
     "Execute a notebook in place."
     nb = nbformat.read(path, 4)
-    runner = Runner(nb, timeout=timeout, kernel_name='python3', store_widget_state=False, resources={'metadata': {'path': str(path.parent)}})
-    runner.skip = passed_over(nb, set(get_config().tst_flags.split())-set(flags))
-    runner.execute()
+    skipped = [o for o in nb.cells if passed_over(o, set(get_config().tst_flags.split())-set(flags))]
+    for cell in skipped: cell.metadata['tags'] = [SKIP]
+    resources = {'metadata': {'path': str(path.parent)}}
+    NotebookClient(nb, timeout=timeout, kernel_name='python3', store_widget_state=False, resources=resources).execute()
     for cell in nb.cells:
+        cell.metadata.pop('tags', None)
         if cell.cell_type == 'code': cell.outputs = [o for o in cell.outputs if VIEW not in o.get('data', {})]
     nbformat.write(nb, path)
-    return len(runner.skip)
+    return len(skipped)
 
 
 if __name__ == '__main__':

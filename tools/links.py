@@ -2,14 +2,18 @@
 import json
 import posixpath
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
+import nbformat
 import yaml
 from readme import joined
 
 FENCED = re.compile(r'^(`{3,}|~{3,}).*?^\1[`~]*[ \t]*$', re.DOTALL|re.MULTILINE)
+NAMED = re.compile(r'\[(`[^`\n]+`)\]\(https?://[^)\s]+\)') # a link that nbdev made of a name
+MARKDOWN = 'text/markdown'
 SPANS = re.compile(r'(`+)(?!`).+?(?<!`)\1(?!`)', re.DOTALL)
 
 
@@ -70,21 +74,59 @@ def read_pages(
     return notebooks, {posixpath.join(posixpath.dirname(k), front_matter(v).get('output-file', posixpath.basename(k))): k for k, v in notebooks.items()}
 
 
+def unlinked(
+    text:str,       # Markdown
+    known:Callable, # takes a match of `entry`: does the page that it leads to have the entry?
+    entry:re.Pattern, # a link to an entry of the site: [`name`](address#anchor)
+    fences:bool=False, # are links within code blocks nbdev's too?
+)->str: # Markdown whose links lead to entries
+    "Take back the links to names without an entry, and those within code, where they are no links but brackets."
+    text = entry.sub(lambda o: o[0] if known(o) else o[1], text)
+    return FENCED.sub(lambda block: NAMED.sub(r'\1', block[0]), text) if fences else text
+
+
 def unlink(
     pages:Path, # the folder with the processed notebooks
     site:str,   # the address of the site
 ):
-    "Take back the links that nbdev made to names without an entry: it links every name of a module, and enters only those that are public."
+    """Take back the links that nbdev made where there is nothing to link to, or nothing to link from.
+
+    It links every name of a module, and enters only those that are public; and it links names in the comments of a
+    signature, which is a block of code. Pages are written as Jupyter writes them, texts as lists of lines: Quarto
+    loses the line ends of a text in one piece.
+    """
     notebooks, addresses = read_pages(pages)
     places = {k: anchors(v) for k, v in notebooks.items()}
     entry = re.compile(r'\[(`[^`]+`)\]\('+re.escape(site)+r'/([\w./-]+)#([\w.-]+)\)')
-    def kept(found): return found[0] if found[3] in places.get(addresses.get(found[2]), ()) else found[1]
+    def known(found): return found[3] in places.get(addresses.get(found[2]), ())
     for page, nb in notebooks.items():
         for cell in nb['cells']:
-            if cell['cell_type'] == 'markdown': cell['source'] = entry.sub(kept, joined(cell['source']))
-            for out in cell.get('outputs', []):
-                if 'text/markdown' in out.get('data', {}): out['data']['text/markdown'] = entry.sub(kept, joined(out['data']['text/markdown']))
-        (pages/page).write_text(json.dumps(nb, ensure_ascii=False, indent=1), encoding='utf-8')
+            if cell['cell_type'] == 'markdown': cell['source'] = unlinked(joined(cell['source']), known, entry)
+            for data in (out.get('data', {}) for out in cell.get('outputs', [])):
+                if MARKDOWN in data: data[MARKDOWN] = unlinked(joined(data[MARKDOWN]), known, entry, fences=True)
+        nbformat.write(nbformat.from_dict(nb), pages/page)
+
+
+def in_lines(
+    text, # of a cell or of an output
+)->bool:
+    "Tell whether a text is a list of lines, all but the last with their ends."
+    return isinstance(text, list) and all(o.endswith('\n') and o.count('\n') == 1 for o in text[:-1]) and not any('\n' in o[:-1] for o in text[-1:])
+
+
+def garbled(
+    pages:Path, # the folder with the processed notebooks
+)->list[str]: # "page, cell i: what is wrong"
+    "What Quarto would render as a heap: texts that are no lists of lines, and links within signatures."
+    wrong = []
+    for page, nb in read_pages(pages)[0].items():
+        for i, cell in enumerate(nb['cells']):
+            bundles = [out.get('data', {}) for out in cell.get('outputs', [])]
+            said = [cell['source'], *(o[k] for o in bundles for k in o if k.startswith('text/'))]
+            code = [m[0] for o in bundles for m in FENCED.finditer(joined(o.get(MARKDOWN, '')))]
+            if not all(map(in_lines, said)): wrong.append(f'{page}, cell {i}: a text is no list of lines')
+            if any(map(NAMED.search, code)): wrong.append(f'{page}, cell {i}: a link within a signature')
+    return wrong
 
 
 def broken(

@@ -130,7 +130,7 @@ def settings(
     theme = dict(repository_url=repo, use_repository_button=True, show_navbar_depth=1, show_toc_level=2, home_page_in_toc=True, use_download_button=False, use_fullscreen_button=False)
     return dict(extensions=['myst_nb', 'look'], project=title, html_title=title, html_theme='sphinx_book_theme', html_theme_options=theme, html_math_renderer='mathml',
                 html_static_path=['look.css'], html_css_files=['look.css'], html_show_sphinx=False, html_copy_source=False, html_show_copyright=False, nb_execution_mode='off',
-                myst_enable_extensions=['dollarmath', 'attrs_inline'], myst_heading_anchors=6, myst_heading_slug_func=slug, 
+                myst_enable_extensions=['dollarmath', 'attrs_inline'], myst_heading_anchors=6, myst_heading_slug_func=slug,
                 suppress_warnings=['myst.header', 'mystnb.unknown_mime_type', 'misc.highlighting_failure', 'config.cache', 'toc.not_included'])
 
 

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
-from links import broken, broken_html, unlink
+from links import broken, broken_html, garbled, unlink
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.quarto import refresh_quarto_yml
@@ -56,6 +56,7 @@ def process()->Path: # the folder with the processed notebooks
     sidebar = cfg.nbs_path/'sidebar.yml'
     complain(f'{cfg.nbs_path.name}/{sidebar.name} is not right', misplaced(yaml.safe_load(sidebar.read_text(encoding='utf-8')), [p.as_posix() for p in notebooks]))
     unlink(pages, address())
+    complain('These cells would be garbled on the site', garbled(pages))
     complain('These links lead nowhere', broken(pages, address()))
     print(f'{len(notebooks)} pages processed without error, and no link between them is broken.')
     return pages
