@@ -17,7 +17,7 @@ from .base import *
 
 # %% ../nbs/12_answers.ipynb #a493e7c2
 ARGUMENTS = dict( # name of an option in click -> name of an argument of the library, where the two differ
-    anomaly_scorer_num_nn='k', patchscore='patch_score', reweighting_num_nn='b', percentage='ratio',
+    anomaly_scorer_num_nn='k', patchscore='patch_score', reweighting_num_nn='reweight_k', percentage='ratio',
     patchsize_aggregate='more_patchsizes', patchoverlap='stride', no_crop='imagesize',
     pretrain_embed_dimension='pretrain_dim', target_embed_dimension='target_dim',
     backbone_names='backbone', layers_to_extract_from='layers',

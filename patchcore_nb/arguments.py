@@ -98,7 +98,7 @@ def check_arguments(
     "Refuse or tell of arguments that the others leave nothing to do."
     keeps_all = args['sampler'] == 'identity' and 'ratio' in given and args['ratio'] < 1
     if keeps_all: warnings.warn(f"the sampler identity keeps all patches, as the reference's does: -p {args['ratio']:g} changes nothing")
-    if 'b' in given and args['patch_score'] != 'reweighted': raise click.UsageError('--reweighting_num_nn is for --patchscore reweighted: pass both or neither')
+    if 'reweight_k' in given and args['patch_score'] != 'reweighted': raise click.UsageError('--reweighting_num_nn is for --patchscore reweighted: pass both or neither')
 
 def check_weights(
     name:str,  # of a backbone

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from .core import *
-from .core import _disk_error
 
 # %% ../nbs/00c_budget.ipynb #eedfa3ac
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ def spilled(
         with tempfile.TemporaryFile(dir=where, prefix='.patches-') as f:
             _reserve(f, n*d*4)
             return torch.from_numpy(np.memmap(f, np.float32, 'r+', shape=(n, d)))
-    except OSError as e: raise _disk_error(where/f'a file of {say_size(n*d*4)} for the patch embeddings', e) from None
+    except OSError as e: raise disk_error(where/f'a file of {say_size(n*d*4)} for the patch embeddings', e) from None
 
 # %% ../nbs/00c_budget.ipynb #24c8ffc3
 @dataclass(frozen=True)
