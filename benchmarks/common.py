@@ -18,10 +18,19 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from patchcore_nb.budget import release
 from patchcore_nb.core import generator
 from patchcore_nb.data import Category, load_category
-from patchcore_nb.demo import DEMO_CATEGORIES, Dice, draw_cog, draw_denim, draw_sieve, demo_files, photograph, png_bytes # the import registers the set
-from patchcore_nb.budget import release
+from patchcore_nb.demo import (  # the import registers the set
+    DEMO_CATEGORIES,
+    Dice,
+    demo_files,
+    draw_cog,
+    draw_denim,
+    draw_sieve,
+    photograph,
+    png_bytes,
+)
 from patchcore_nb.patchcore import PatchCore
 from patchcore_nb.samplers import farthest_points
 
@@ -210,9 +219,8 @@ def real_patches(
         train, test = ([s.path for s in o] for o in (category.train, category.test))
         if quick: train, test = train[:8], test[:4]
         model = PatchCore(**kw, device='cpu', target_dim=128 if quick else 1024).check()
-        model._calibrate(train)
-        bank, queries = (torch.cat([p.flatten(0, 2) for p in model._embed(o, '')]) for o in (train, test))
-    return name, bank, queries
+        embedder = model.embedder_.calibrated(train)
+        return name, embedder.rows(train), embedder.rows(test)
 
 
 # Tables and files

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from patchcore_nb.data import Category, read_masks
 from patchcore_nb.demo import DEMO_CATEGORIES
+from patchcore_nb.embedder import Embedder
 from patchcore_nb.evaluation import auroc
 from patchcore_nb.patchcore import PatchCore
 
@@ -26,19 +27,26 @@ NOISE = .005 # a loss of AUROC that another seed could bring about
 METRICS = 'image_auroc', 'pixel_auroc'
 
 
-class Kept(PatchCore):
-    "A model whose embeddings are at hand: it begins where they end, and what it does from there is what every model does."
-    def _calibrate(self, items):
-        "The backbone has seen the good images already, and is the same for all mixtures."
+class KeptEmbedder(Embedder):
+    "Embeddings that are at hand; the backbone has seen the good images already, and is the same for all mixtures."
+    kept:dict # path -> (h, w, D)
 
-    def _embed(self, items:Sequence, what:str)->Iterator[Tensor]: # (B, h, w, D)
+    def calibrated(self, items): return self
+
+    def __call__(self, items:Sequence, word:str='')->Iterator[Tensor]: # (B, h, w, D)
+        "Look embeddings up, batch by batch."
         paths = [o[0] if isinstance(o, tuple) else o for o in items]
-        for i in range(0, len(paths), self.batch_size): yield torch.stack([self.kept[o] for o in paths[i:i+self.batch_size]])
+        size = self.how.batch_size
+        for i in range(0, len(paths), size): yield torch.stack([self.kept[o] for o in paths[i:i+size]])
 
-    def _strangeness(self, bank:Tensor)->Tensor: # (N,)
-        "It does not depend on how much is left out, so one answer does for all amounts."
-        if 'strangeness' not in self.known: self.known['strangeness'] = super()._strangeness(bank)
-        return self.known['strangeness']
+
+class Kept(PatchCore):
+    "A model that begins where embeddings end, and does from there what every model does."
+    def check(self, images=None, twin=None):
+        "Take the embedder that knows them."
+        self._checked = KeptEmbedder(self.embedding, self.compute)
+        self._checked.kept = self._kept
+        return self
 
 
 def embed(
@@ -46,19 +54,18 @@ def embed(
     **kw,             # arguments of the model
 )->dict[Path,Tensor]: # (h, w, D) of each image
     "Patch embeddings of all images, by a backbone that was calibrated on the good ones."
-    model, paths = PatchCore(**kw).check(), [o.path for o in (*category.train, *category.test)]
-    model._calibrate([o.path for o in category.train])
-    return dict(zip(paths, (p for batch in model._embed(paths, '') for p in batch)))
+    paths = [o.path for o in (*category.train, *category.test)]
+    embedder = PatchCore(**kw).check().embedder_.calibrated([o.path for o in category.train])
+    return dict(zip(paths, (p for batch in embedder(paths) for p in batch)))
 
 
 def ready(
     kept:dict,        # what `embed` returned
-    known:dict|None=None, # shared by all models of one mixture; None: by no others
     **kw,             # arguments of the model
 )->Kept: # not fitted
     "A model that takes its embeddings from memory."
     model = Kept(**kw)
-    model.kept, model.known = kept, {} if known is None else known
+    model._kept = kept
     return model
 
 
@@ -108,9 +115,8 @@ def tried(
     settings = {'overlap': np.ones(n, bool)} | {share: ~np.isin(np.arange(n), chosen) for share, (_, chosen) in mixtures.items()}
     rows, good = [], None
     for share, (train, chosen) in mixtures.items():
-        known = {}
         for amount in amounts:
-            model = ready(kept, known, **kw, denoise=amount, seed=draw, false_alarms=None if amount else .05).fit(train)
+            model = ready(kept, **kw, denoise=amount, seed=draw, false_alarms=None if amount else .05).fit(train)
             metrics = judged(model, category, read_masks(category.test, model.preprocess_), settings)
             good = good or metrics
             found = np.nan if amount else listed(model, len(category.train))

@@ -6,11 +6,29 @@ are timed on their first picks and scaled up. Prints a table and writes results/
 """
 
 import torch
-from common import DEVICES, clusters, fresh, isotropic, on_disk, options, pick_watched, race, real_patches, report, rows_of, seconds
+from common import (
+    DEVICES,
+    clusters,
+    fresh,
+    isotropic,
+    on_disk,
+    options,
+    pick_watched,
+    race,
+    real_patches,
+    report,
+    rows_of,
+    seconds,
+)
 from torch import Tensor
 
 from patchcore_nb.core import generator, in_threads
-from patchcore_nb.samplers import farthest_points, naive_farthest_points, project, start_mean
+from patchcore_nb.samplers import (
+    farthest_points,
+    naive_farthest_points,
+    project,
+    start_mean,
+)
 
 try: import torch_quickfps
 except ImportError: torch_quickfps = None

@@ -18,11 +18,13 @@ from common import options, race, report, rows_of
 
 from patchcore_nb.core import read_image
 from patchcore_nb.data import load_category, read_masks
-from patchcore_nb.demo import DEMO_CATEGORIES # the import registers the set
-from patchcore_nb.experiment import judge, save_pictures
+from patchcore_nb.demo import DEMO_CATEGORIES  # the import registers the set
+from patchcore_nb.judging import judge
+from patchcore_nb.panels import draw_panel
 from patchcore_nb.patchcore import PatchCore
-from patchcore_nb.plots import colour_range, draw_panel, plot_prediction
-from patchcore_nb.report import section
+from patchcore_nb.plots import colour_range, plot_prediction
+from patchcore_nb.results import save_pictures
+from patchcore_nb.sections import section
 
 USUAL = 'matplotlib, one thread'
 
@@ -35,7 +37,7 @@ def main():
         if args.quick: category = replace(category, train=category.train[:4], test=category.test[::8])
         model = PatchCore('filterbank', ratio=.02, target_dim=128, device='cpu').fit(category)
         seen, samples = model.predict(category.test), category.test
-        metrics, masks, pre = judge(seen, samples, model.preprocess_), read_masks(samples, model.preprocess_), model.preprocess_
+        metrics, masks, pre = judge(seen, samples), read_masks(samples, model.preprocess_), model.preprocess_
         low, top = colour_range(seen.anomaly_maps, [o.label for o in samples])
         def usual():
             for i in range(len(samples)):
@@ -45,7 +47,7 @@ def main():
         def panels():
             for i, o in enumerate(samples):
                 draw_panel(pre.crop(read_image(o.path)), masks[i], seen.anomaly_maps[i], float(seen.image_scores[i]), top, o.kind, low=low).save(temp/f'{i}.png')
-        runs = {USUAL: usual, 'panels, one thread': panels, f'panels as a run saves them, {os.cpu_count()} cores': lambda: save_pictures(seen, samples, pre, temp/'pictures'),
+        runs = {USUAL: usual, 'panels, one thread': panels, f'panels as a run saves them, {os.cpu_count()} cores': lambda: save_pictures(seen, samples, temp/'pictures'),
                 'a section of the report': lambda: section(model, category, seen, metrics, masks=masks)}
         times = race(runs, 1 if args.quick else 5)
         size = len(json.dumps(section(model, category, seen, metrics, masks=masks)))/1e6

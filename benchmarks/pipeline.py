@@ -56,10 +56,10 @@ def compare(
     train, test = ([demo_sample('cog', split, i)[0] for i in range(m)] for split, m in (('train', n_train), ('test', n)))
     model = PatchCore(backbone, ratio=1, weights='random', device=device, **kw).fit(train)
     model.extractor_.precision = precision
-    images = torch.stack([model._read(o) for o in test]).to(device)
+    images = torch.stack([model.embedder_.read(o) for o in test]).to(device)
     usual = torch.channels_last if device == 'cpu' else torch.contiguous_format
     bare = 'backbone alone'
-    runs = {bare: Bare(model, images, usual, precision), 'predict': lambda: model.predict(test), 'fit without the coreset': lambda: [wait() for _ in model._embed(test, '')]}
+    runs = {bare: Bare(model, images, usual, precision), 'predict': lambda: model.predict(test), 'fit without the coreset': lambda: [wait() for _ in model.embedder_(test)]}
     if device == 'cpu': runs['backbone alone, channels first'] = Bare(model, images, torch.contiguous_format, precision)
     times = race(runs | stages(model, images), rounds)
     return [r | dict(milliseconds_an_image=1e3*r['seconds']/n) for r in rows_of(times, bare, backbone=backbone, precision=precision, device=device, rows=len(model.memory_bank_))]

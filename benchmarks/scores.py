@@ -15,9 +15,12 @@ from common import bottle, larger_demo, options, race, report, rows_of
 from patchcore_nb.data import Category
 from patchcore_nb.demo import DEMO_CATEGORIES
 from patchcore_nb.evaluation import auroc, average_precision
-from patchcore_nb.experiment import sweep
+from patchcore_nb.items import as_items
+from patchcore_nb.names import DISTANCES, PATCH_SCORES
 from patchcore_nb.patchcore import PatchCore
-from patchcore_nb.scorer import DISTANCES, PATCH_SCORES
+from patchcore_nb.prediction import judge
+from patchcore_nb.scorer import Scorer
+from patchcore_nb.sweeping import sweep
 
 RATIOS, SEEDS, HOWS = [.01, .02, .05, .1], range(5), list(PATCH_SCORES)
 COLUMNS = ['data', 'distance', 'seed', 'ratio', 'patch_score', 'image_auroc']
@@ -46,11 +49,13 @@ def margins(
     for seed in seeds:
         model = PatchCore(**kw, ratio=ratios[-1], seed=seed, false_alarms=None).fit(category)
         for ratio in ratios:
-            one = model.resize(ratio)
-            for one.scorer_.how in HOWS:
-                scores = one.predict(category.test).image_scores.numpy()
+            one = model.shrink(ratio)
+            for how in HOWS:
+                parts = one.fitted_
+                scorer = Scorer(patch_score=how).fit(parts.bank.rows)
+                scores = judge(parts.embedder, scorer, as_items(category.test)).image_scores.numpy()
                 good, bad = scores[~labels], scores[labels]
-                rows.append(dict(data='bottle', seed=seed, ratio=ratio, patch_score=one.scorer_.how, image_auroc=auroc(scores, labels), image_ap=average_precision(scores, labels),
+                rows.append(dict(data='bottle', seed=seed, ratio=ratio, patch_score=how, image_auroc=auroc(scores, labels), image_ap=average_precision(scores, labels),
                                  margin=float(bad.min()/good.max()-1), effect=float((bad.mean()-good.mean())/np.sqrt((bad.var()+good.var())/2))))
     return rows
 

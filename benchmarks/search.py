@@ -7,12 +7,30 @@ writes results/search.json.
 """
 import faiss
 import torch
-from common import DEVICES, decaying, isotropic, options, race, real_patches, report, rows_of
+from common import (
+    DEVICES,
+    decaying,
+    isotropic,
+    options,
+    race,
+    real_patches,
+    report,
+    rows_of,
+)
 from torch import Tensor
 
 from patchcore_nb.core import generator
 from patchcore_nb.samplers import coreset
-from patchcore_nb.search import SEARCHES, ByProduct, Exact, Sketch, pair_dists, principal_axes, product, sketch
+from patchcore_nb.search import (
+    SEARCHES,
+    ByProduct,
+    Exact,
+    Sketch,
+    pair_dists,
+    principal_axes,
+    product,
+    sketch,
+)
 
 BATCH, SIZES = 8*784, (1024, 4096, 16384, 65536)
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from common import options, race, report, rows_of, seconds, subject
 
-from patchcore_nb.experiment import judge, sweep
+from patchcore_nb.judging import judge
 from patchcore_nb.patchcore import PatchCore
+from patchcore_nb.sweeping import sweep
 
 RATIOS, KS = (.005, .01, .02, .05, .1), (1, 3, 9)
 
@@ -23,7 +24,7 @@ def main():
         if args.quick: category, kw = replace(category, train=category.train[:6], test=category.test[::6]), kw | dict(target_dim=128)
         def full():
             model = PatchCore(**kw, ratio=RATIOS[-1], k=KS[-1], device='cpu')
-            metrics.append(judge(model.fit(category).predict(category.test), category.test, model.preprocess_))
+            metrics.append(judge(model.fit(category).predict(category.test), category.test))
         def swept(): tables.append(sweep(PatchCore(**kw, device='cpu', cache=Path(temp)/'cache'), category, RATIOS, KS))
         filling = seconds(swept)
         cached = sum(p.stat().st_size for p in (Path(temp)/'cache').rglob('*.safetensors'))

@@ -5,67 +5,97 @@
 # %% auto #0
 __all__ = ['known_layers', 'reference_name', 'describe_backbone', 'backbone_table', 'show_table']
 
-# %% ../nbs/02b_backbones.ipynb #359b1044
-from collections.abc import Sequence
+# %% ../nbs/02b_backbones.ipynb #56737004
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pandas as pd
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .build import create_backbone, find_backbone, split_seed
 from .core import *
+from .extractor import Extractor, find_layers, map_shapes
 from .names import KNOWN
-from .extractor import Extractor, create_backbone, find_backbone, find_layers, map_shapes, split_seed
 
 # %% ../nbs/02b_backbones.ipynb #786f5650
 def known_layers(
     name:str, # a name of the table, perhaps with ".seed-N"
 )->tuple[str,...]: # of the network, the finer first
-    "The layers that suit a backbone."
+    "Look up the layers that suit a backbone."
     name = split_seed(name)[0]
     find_backbone(name)
     if name not in KNOWN: raise ArgumentError(f'no layers are known for {name}: name them')
     return KNOWN[name].layers
 
+# %% ../nbs/02b_backbones.ipynb #0fd2aa4c
 def reference_name(
     name:str, # as on the command line, without a seed suffix
 )->str|None: # None if the reference has none
-    "The reference's name for a backbone."
+    "Find the reference's name for a backbone."
     if name in KNOWN: return name
     found = find_backbone(name)
-    return next((k for k, o in KNOWN.items() if o.library and find_backbone(k) == found), None)
+    standing = (k for k, o in KNOWN.items() if o.library)
+    return next((k for k in standing if find_backbone(k) == found), None)
+
+# %% ../nbs/02b_backbones.ipynb #b118b55b
+def _strides(extractor:Extractor, shapes:dict, size:int)->list[int]: # pixels
+    "Measure how many pixels an image must grow by for one row of cells more, at each layer."
+    before, _ = extractor.padded_size((size, size))
+    after, _ = extractor.padded_size((2*size, 2*size))
+    rows = {k: h for k, (_, h, _) in shapes.items()}
+    try: larger = map_shapes(extractor, 2*size)
+    except ArgumentError: return [round(before/h) for h in rows.values()] # it takes one size alone
+    return [round((after-before)/(larger[k][1]-h)) for k, h in rows.items()]
+
+def _on_meta(name:str, layers:Sequence[str])->Extractor:
+    "Build an extractor that has shapes and no numbers."
+    with torch.device('meta'): return Extractor(create_backbone(name, 'random'), layers)
 
 # %% ../nbs/02b_backbones.ipynb #36548e57
-def _measure(extractor:Extractor, size:int)->tuple[dict,float,float]: # layer -> (C, h, w); billions of multiplications
-    "Shapes of the maps, and what one image costs up to the last wanted layer and in the whole network."
-    seen = []
-    with FlopCounterMode(display=False) as count:
-        hooks = [m.register_forward_hook(lambda *args: seen.append(count.get_total_flops())) for m in find_layers(extractor.backbone, extractor.layers)]
-        try: maps = extractor(torch.zeros(1, 3, size, size, device='meta'), stop=False)
-        finally:
-            for o in hooks: o.remove()
-    return {k: tuple(o.shape[1:]) for k, o in maps.items()}, max(seen)/2e9, count.get_total_flops()/2e9
+@contextmanager
+def _note_cost(modules:Sequence[nn.Module], count:FlopCounterMode)->Iterator[list[int]]: # the count whenever one of them is done
+    "Note what was counted up to the end of each module."
+    noted = []
+    def note(*args): noted.append(count.get_total_flops())
+    hooks = [m.register_forward_hook(note) for m in modules]
+    try: yield noted
+    finally:
+        for o in hooks: o.remove()
 
-def _strides(extractor:Extractor, shapes:dict, size:int)->list[int]: # pixels
-    "How many pixels an image must grow by for one row of cells more, at each layer."
-    (before, _), (after, _) = (extractor.padded_size((o, o)) for o in (size, 2*size))
-    try: larger = map_shapes(extractor, 2*size)
-    except ArgumentError: return [round(before/h) for _, h, _ in shapes.values()] # it takes one size alone
-    return [round((after-before)/(larger[k][1]-h)) for k, (_, h, _) in shapes.items()]
+def _measure(extractor:Extractor, size:int)->tuple[dict,float,float]: # layer -> (C, h, w); billions of multiplications
+    "Measure the shapes of the maps, and the cost of an image up to the last wanted layer and in all."
+    modules = find_layers(extractor.backbone, extractor.layers)
+    image = torch.zeros(1, 3, size, size, device='meta')
+    with FlopCounterMode(display=False) as count, _note_cost(modules, count) as noted:
+        maps = extractor(image, stop=False)
+    shapes = {k: tuple(o.shape[1:]) for k, o in maps.items()}
+    return shapes, max(noted)/2e9, count.get_total_flops()/2e9 # a multiplication and an addition are two
+
+# %% ../nbs/02b_backbones.ipynb #7295eedb
+def _try_measure(extractor:Extractor, size:int)->tuple[dict,float,float]:
+    "Measure, and if the network does not take the images say so."
+    try: return _measure(extractor, size)
+    except (RuntimeError, ValueError, AssertionError):
+        map_shapes(extractor, size) # which raises an error that says it better
+        raise
 
 def describe_backbone(
     name:str,                       # as on the command line
     layers:Sequence[str]|None=None, # None: those that suit
     size:int=224,                   # side of the square image, pixels
 )->dict: # column of the table -> value; of a network that is gone there is no more to say than what to use instead
-    "What a backbone is and costs, without its weights."
-    known = KNOWN.get(split_seed(name)[0])
-    if known and not known.library: return dict(name=name, constructor=known.lost)
-    layers = layers or known_layers(name)
-    with torch.device('meta'): extractor = Extractor(create_backbone(name, 'random'), layers)
-    try: shapes, cost, whole = _measure(extractor, size)
-    except (RuntimeError, ValueError, AssertionError): map_shapes(extractor, size); raise # the former says it better
-    return dict(name=name, constructor=': '.join(find_backbone(split_seed(name)[0])), layers=list(layers), channels=[c for c, _, _ in shapes.values()],
-                strides=_strides(extractor, shapes, size), parameters=sum(p.numel() for p in extractor.backbone.parameters())/1e6, cost=cost, whole=whole)
+    "Describe what a backbone is and costs, without its weights."
+    plain = split_seed(name)[0]
+    if plain in KNOWN and not KNOWN[plain].library: return dict(name=name, constructor=KNOWN[plain].lost)
+    extractor = _on_meta(name, layers or known_layers(name))
+    shapes, cost, whole = _try_measure(extractor, size)
+    row = dict(name=name, constructor=': '.join(find_backbone(plain)), layers=list(extractor.layers))
+    row['channels'] = [c for c, _, _ in shapes.values()]
+    row['strides'] = _strides(extractor, shapes, size)
+    row['parameters'] = sum(p.numel() for p in extractor.backbone.parameters())/1e6
+    return row | dict(cost=cost, whole=whole)
 
 # %% ../nbs/02b_backbones.ipynb #5509448b
 def backbone_table(
@@ -73,14 +103,23 @@ def backbone_table(
     layers:Sequence[str]|None=None, # of all of them; None: those that suit each
     size:int=224,                   # side of the square image, pixels
 )->pd.DataFrame: # a row for each name, a column for each value of `describe_backbone`
-    "What backbones are and cost."
-    return pd.DataFrame([describe_backbone(o, layers, size) for o in (KNOWN if names is None else names)]).set_index('name')
+    "Put together what backbones are and cost."
+    names = KNOWN if names is None else names
+    rows = [describe_backbone(o, layers, size) for o in names]
+    return pd.DataFrame(rows).set_index('name')
 
-def _joined(o): return ', '.join(map(str, o)) if isinstance(o, list) else o
+def _shown_number(o:float)->str:
+    "Write a number with three digits, or nothing."
+    if pd.isna(o): return ''
+    return f'{o:.3g}' if o < 1000 else f'{o:.0f}'
+
+def _shown_list(o):
+    "Write a list with commas; leave anything else."
+    return ', '.join(map(str, o)) if isinstance(o, list) else o
 
 def show_table(
     table:pd.DataFrame, # as `backbone_table` returns it
 )->str: # HTML
-    "The table as a page shows it: lists as text, numbers rounded, nothing where there is nothing."
-    numbers = table.select_dtypes('number').map(lambda o: '' if pd.isna(o) else f'{o:.3g}' if o < 1000 else f'{o:.0f}')
-    return table.assign(**numbers).map(_joined).fillna('').to_html()
+    "Write the table as a page shows it: lists as text, numbers rounded, nothing where there is nothing."
+    numbers = table.select_dtypes('number').map(_shown_number)
+    return table.assign(**numbers).map(_shown_list).fillna('').to_html()

@@ -20,31 +20,46 @@ from torch import Tensor
 from .core import *
 
 # %% ../nbs/00d_cache.ipynb #b8210b48
+def _digest(content:bytes)->str: return hashlib.sha256(content).hexdigest()
+
+def _file_bytes(path:str|Path)->bytes:
+    try: return Path(path).read_bytes()
+    except OSError as e: raise DataError(f'{path} cannot be read ({e.strerror}): check the path') from None
+
+def _pixels(image:Image.Image|np.ndarray|Tensor)->tuple[str,np.ndarray]: # what kind of picture; its numbers
+    "Read the pixels of a picture in memory: a tensor has its channels first, an array last."
+    if isinstance(image, Image.Image): return image.mode, np.ascontiguousarray(to_pil(image)) # with its palette, upright
+    kind = type(image).__name__
+    if isinstance(image, Tensor): image = image.detach().cpu().numpy()
+    return kind, np.ascontiguousarray(image)
+
 def digest_image(
     image:str|Path|Image.Image|np.ndarray|Tensor, # what `to_pil` takes
 )->str: # hexadecimal SHA-256
-    "The digest of an image's content."
-    if isinstance(image, (str, Path)):
-        try: return hashlib.sha256(b'file'+Path(image).read_bytes()).hexdigest()
-        except OSError as e: raise DataError(f'{image} cannot be read ({e.strerror}): check the path') from None
-    kind = image.mode if isinstance(image, Image.Image) else type(image).__name__ # a tensor has its channels first, an array last
-    if isinstance(image, Image.Image): image = np.asarray(to_pil(image)) # with its palette, upright
-    a = np.ascontiguousarray(image.detach().cpu().numpy() if isinstance(image, Tensor) else image)
-    return hashlib.sha256(f'{kind} {a.dtype} {a.shape} '.encode()+a.tobytes()).hexdigest()
+    "Digest an image's content."
+    if isinstance(image, (str, Path)): return _digest(b'file'+_file_bytes(image))
+    kind, a = _pixels(image)
+    return _digest(f'{kind} {a.dtype} {a.shape} '.encode()+a.tobytes())
 
+# %% ../nbs/00d_cache.ipynb #aba86223
 def digest_tensors(
     tensors:dict[str,Tensor], # a state dict, say
 )->str: # hexadecimal SHA-256
-    "The digest of all values, in the order of their names."
+    "Digest all values, in the order of their names."
     digest = hashlib.sha256()
     for name, t in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if t.numel() else b'')
+        flat = t.detach().cpu().contiguous().reshape(-1)
+        if t.numel(): digest.update(flat.view(torch.uint8).numpy())
     return digest.hexdigest()
 
 # %% ../nbs/00d_cache.ipynb #97e9bc0e
 LIBRARIES = 'torch', 'torchvision', 'timm', 'numpy', 'pillow'
 OTHERS = tuple(f'{o}.' for o in LIBRARIES) # their version says it
+
+def _version(library:str)->str:
+    try: return version(library)
+    except PackageNotFoundError: return 'unknown'
 
 def _plain(o)->object:
     "A constant or a code object, without where it was written and in one order."
@@ -52,27 +67,50 @@ def _plain(o)->object:
     if isinstance(o, frozenset): return sorted(map(repr, o))
     return [_plain(c) for c in o] if isinstance(o, tuple) else repr(o)
 
+def _functions(o:Callable)->dict[str,object]: # name -> code
+    "List the compiled functions of a class and of those it inherits from, or of a function."
+    found = {}
+    for c in getattr(o, '__mro__', ()):
+        if c.__module__.startswith(OTHERS): continue
+        codes = {k: v.__code__ for k, v in vars(c).items() if hasattr(v, '__code__')}
+        found |= {f'{c.__qualname__}.{k}': code for k, code in codes.items()}
+    if hasattr(o, '__code__'): found[''] = o.__code__
+    return found
+
+# %% ../nbs/00d_cache.ipynb #5ee87bea
 def _source(o:Callable)->str: # SHA-256
-    "The file of a class or function; where it was written in a notebook, what its functions do."
+    "Digest the file of a class or function; where it was written in a notebook, what its functions do."
     try: text = Path(inspect.getsourcefile(o)).read_bytes()
     except (TypeError, OSError): text = b''
-    if text and o.__module__ != '__main__': return hashlib.sha256(text).hexdigest()
-    functions = {f'{c.__qualname__}.{k}': v.__code__ for c in getattr(o, '__mro__', ()) if not c.__module__.startswith(OTHERS) for k, v in vars(c).items() if hasattr(v, '__code__')}
-    if hasattr(o, '__code__'): functions[''] = o.__code__
-    return hashlib.sha256(text+repr([(k, _plain(v)) for k, v in sorted(functions.items())]).encode()).hexdigest()
+    if text and o.__module__ != '__main__': return _digest(text)
+    functions = [(k, _plain(v)) for k, v in sorted(_functions(o).items())]
+    return _digest(text+repr(functions).encode())
 
 def code_state(
     parts:Sequence[Callable], # classes and functions that take part, ours or others'
 )->dict[str,str]: # name -> version or SHA-256
-    "What code, of ours and of others, is at work."
-    def find(name):
-        try: return version(name)
-        except PackageNotFoundError: return 'unknown'
-    return {o: find(o) for o in LIBRARIES} | {f'{o.__module__}.{o.__qualname__}': _source(o) for o in parts if not o.__module__.startswith(OTHERS)}
+    "Find out what code, of ours and of others, is at work."
+    versions = {o: _version(o) for o in LIBRARIES}
+    ours = [o for o in parts if not o.__module__.startswith(OTHERS)]
+    return versions | {f'{o.__module__}.{o.__qualname__}': _source(o) for o in ours}
 
 # %% ../nbs/00d_cache.ipynb #e73c374c
-FORMAT = 'patchcore_nb cache 1'
+FORMAT = 'patchcore_nb cache 2'
 
+def _about(key:str, tensors:dict[str,Tensor])->dict[str,str]:
+    "What the header says of the tensors."
+    shapes = {k: (*v.shape,) for k, v in sorted(tensors.items())}
+    return dict(format=FORMAT, key=key, shapes=str(shapes), sha256=digest_tensors(tensors))
+
+def _read(path:Path, key:str)->dict[str,Tensor]|None:
+    "Read tensors from a file, if its header says what these tensors are."
+    raw = path.read_bytes()
+    end = 8+int.from_bytes(raw[:8], 'little')
+    said = json.loads(raw[8:end])['__metadata__']
+    tensors = read_tensors(raw)
+    return tensors if said == _about(key, tensors) else None
+
+# %% ../nbs/00d_cache.ipynb #c6e4e8d8
 class Cache:
     "Tensors by the digest of what they were computed from."
     def __init__(self,
@@ -80,25 +118,21 @@ class Cache:
         recipe:dict,     # plain values: all that the tensors depend on, but for the key
     ):
         text = json.dumps(dict(format=FORMAT, **recipe), indent=1, sort_keys=True)
-        self.folder = Path(folder)/hashlib.sha256(text.encode()).hexdigest()[:32]
+        self.folder = Path(folder)/_digest(text.encode())[:32]
         if (self.folder/'recipe.json').is_file(): return
         with replacing(self.folder/'recipe.json') as temp: temp.write_text(text+'\n', encoding='utf-8')
 
     def path(self,
         key:str, # any text
     )->Path:
-        "Where the tensors of a key are kept."
-        return self.folder/f'{hashlib.sha256(key.encode()).hexdigest()}.safetensors'
+        "Say where the tensors of a key are kept."
+        return self.folder/f'{_digest(key.encode())}.safetensors'
 
     def get(self,
         key:str, # as for `put`
-    )->dict[str,Tensor]|None: # None: not there, or damaged
-        "The tensors kept under a key."
-        try:
-            raw = self.path(key).read_bytes()
-            about = json.loads(raw[8:8+int.from_bytes(raw[:8], 'little')])['__metadata__']
-            tensors = read_tensors(raw)
-            return tensors if about == _about(key, tensors) else None
+    )->dict[str,Tensor]|None: # None: not there, damaged, or of another format
+        "Fetch the tensors kept under a key."
+        try: return _read(self.path(key), key)
         except Exception: return None # whatever is wrong with it, it is as good as not there
 
     def put(self,
@@ -107,7 +141,3 @@ class Cache:
     ):
         "Keep tensors under a key."
         with replacing(self.path(key)) as temp: temp.write_bytes(write_tensors(tensors, _about(key, tensors)))
-
-def _about(key:str, tensors:dict[str,Tensor])->dict[str,str]:
-    "What the header says of the tensors."
-    return dict(key=key, shapes=str({k: (*v.shape,) for k, v in sorted(tensors.items())}), sha256=digest_tensors(tensors))

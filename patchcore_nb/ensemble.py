@@ -135,7 +135,7 @@ class Ensemble:
     def is_fitted(self)->bool: return all(o.is_fitted for o in self.members)
 
     def _repr_html_(self)->str:
-        return importlib.import_module('patchcore_nb.plots').model_html(self) # which stands above this module
+        return importlib.import_module('patchcore_nb.show').model_html(self) # which stands above this module
 
 # %% ../nbs/07i_ensemble.ipynb #16f94a47
 def check_sizes(

@@ -12,8 +12,11 @@ import numpy as np
 from PIL import Image
 
 from .base import ArgumentError
-from .patchcore import PatchCore, Prediction, TURNS, as_items
+from .data import TURNS
+from .items import as_items
+from .patchcore import PatchCore
 from .plots import clear_ticks, seen_square
+from .prediction import Prediction
 
 # %% ../nbs/09d_evidence.ipynb #ae16604d
 def cell_size(
@@ -23,7 +26,8 @@ def cell_size(
     lost = (model.patchsize+1) % 2 # a patch of even side takes a cell off the grid
     rows, cols = model.grid_
     height, width = model.extractor_.padded_size(model.preprocess_.size)
-    return height/(rows*model.stride+lost), width/(cols*model.stride+lost)
+    cells = rows*model.stride+lost, cols*model.stride+lost
+    return height/cells[0], width/cells[1]
 
 # %% ../nbs/09d_evidence.ipynb #d09f492d
 def patch_box(
@@ -114,7 +118,7 @@ def plot_match(
     i:int=0,               # which image of the prediction
     axs=None,              # four axes
 )->np.ndarray: # the axes
-    "Draw the strangest patch of an image and the stored patch nearest to it, each in its image and from near."
+    "Draw the strangest patch of an image and the stored patch nearest to it, as a whole and from near."
     if axs is None: _, axs = plt.subplots(1, 4, figsize=(9.2, 2.5), layout='constrained')
     axs = np.asarray(axs).ravel()
     row, col = strangest_patch(prediction, i)
@@ -124,8 +128,9 @@ def plot_match(
     plot_framed(axs[:2], image, patch_box(model, row, col))
     plot_framed(axs[:1:-1], stored, patch_box(model, r, c)) # from the right: the patch stands inside
     score = float(prediction.patch_scores[i, row, col])
-    titles = f'test image {i}', f'strangest patch: {score:.4g}', 'nearest in memory', f'training image {number}'
+    titles = f'test image {i}', f'strangest patch: {score:.4g}', 'nearest in memory'
     for ax, title in zip(axs, titles): ax.set_title(title)
+    axs[3].set_title(f'training image {number}')
     clear_ticks(axs)
     return axs
 

@@ -48,7 +48,8 @@ class _Enough(Exception):
 class _Pass:
     "One forward pass: the modules that it waits for, and what they have yielded so far."
     def __init__(self, modules:Sequence[nn.Module], stop:bool):
-        self.waits, self.stop = frozenset(modules), stop
+        self.waits = frozenset(modules)
+        self.stop = stop
         self.seen = {}
 
 _PASS = ContextVar('pass', default=None) # the one under way in this thread
@@ -63,11 +64,15 @@ def _hand_over(module:nn.Module, args:tuple, out):
 # %% ../nbs/02_extractor.ipynb #fb7a2318
 _LOCK = Lock() # held while a network that threads share is changed
 
+def _has_hook(module:nn.Module)->bool:
+    "Say whether a module has the hook; torch has no better way to ask."
+    return _hand_over in vars(module)['_forward_hooks'].values()
+
 def _install(modules:Sequence[nn.Module]):
     "Hang the hook on each module that does not have it."
     with _LOCK:
         for o in modules:
-            if _hand_over not in o._forward_hooks.values(): o.register_forward_hook(_hand_over)
+            if not _has_hook(o): o.register_forward_hook(_hand_over)
 
 @contextmanager
 def listen(
@@ -132,7 +137,8 @@ def pad_images(
     h:int, w:int,  # pixels, at least H and W
 )->Tensor: # (B, 3, h, w)
     "Continue images at the right and at the bottom by repeating the pixels of the edge."
-    right, below = w-images.shape[3], h-images.shape[2]
+    right = w-images.shape[3]
+    below = h-images.shape[2]
     return F.pad(images, (0, right, 0, below), mode='replicate') if right or below else images
 
 # %% ../nbs/02_extractor.ipynb #2d4944b2
@@ -181,7 +187,9 @@ class Extractor(nn.Module):
         super().__init__()
         if precision not in PRECISIONS: raise unknown('precision', precision, PRECISIONS)
         find_layers(backbone, layers)
-        self.backbone, self.layers, self.precision = backbone.eval(), tuple(layers), precision
+        self.backbone = backbone.eval()
+        self.layers = tuple(layers)
+        self.precision = precision
         self.cut = find_cut(backbone)
 
     def padded_size(self,

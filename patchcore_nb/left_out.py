@@ -45,9 +45,11 @@ def score_without(
     others = (bank.origin[:, 0] != number).nonzero()[:, 0]
     rest = bank.rows[others]
     def search(queries, k): return nearest_neighbours(queries, rest, k)
-    return score(dists, torch.searchsorted(others, idxs), patches.cpu(), (1, *grid), rule, Neighbours(rest, search)).image_scores
+    among_them = torch.searchsorted(others, idxs)
+    found = score(dists, among_them, patches.cpu(), (1, *grid), rule, Neighbours(rest, search))
+    return found.image_scores
 
-# %% ../nbs/07c_left_out.ipynb #8e6aa492
+# %% ../nbs/07c_left_out.ipynb #46fe234d
 def judge_left_out(
     bank:MemoryBank,
     scorer:Scorer,     # fitted on it
@@ -56,19 +58,20 @@ def judge_left_out(
     grid:tuple[int,int], # (h, w)
 )->LeftOut: # on the CPU
     "Judge images by what is stored of others."
-    rule, origin = scorer.rule, bank.origin[:, 0]
+    rule, named = scorer.rule, zip(numbers.tolist(), images)
     with limit_threads(scorer.num_threads):
-        dists, idxs = leave_one_out(zip(numbers.tolist(), images), scorer.memory_bank_, origin, rule.k, scorer.search_) # (B, n, k) each
-    plain = Rule(rule.k, 'max', rule.distance) if needs_memory(rule.patch_score) else rule
+        dists, idxs = leave_one_out(named, scorer.memory_bank_, bank.origin[:, 0], rule.k, scorer.search_) # (B, n, k) each
+    asks = needs_memory(rule.patch_score)
+    plain = Rule(rule.k, 'max', rule.distance) if asks else rule
     scores = score(dists.flatten(0, 1), idxs.flatten(0, 1), None, (len(images), *grid), plain)
     at = scores.patch_scores.flatten(1).argmax(1) # (B,)
     worst = torch.stack([p[i].cpu() for p, i in zip(images, at)]) # (B, D)
     nearest = idxs[torch.arange(len(at)), at, 0] # (B,)
-    image_scores = scores.image_scores
-    if plain is not rule:
-        each = zip(numbers.tolist(), dists, idxs, images)
-        image_scores = torch.cat([score_without(bank, i, d, j, p, grid, rule) for i, d, j, p in each])
-    return LeftOut(numbers, image_scores, scores.patch_scores, worst, nearest)
+    found = LeftOut(numbers, scores.image_scores, scores.patch_scores, worst, nearest)
+    if not asks: return found
+    each = zip(numbers.tolist(), dists, idxs, images)
+    weighed = [score_without(bank, i, d, j, p, grid, rule) for i, d, j, p in each]
+    return found._replace(image_scores=torch.cat(weighed))
 
 # %% ../nbs/07c_left_out.ipynb #8804a463
 MANY = 50_000 # rows of a memory bank from which on a hundred images are judged, and not all
@@ -78,8 +81,8 @@ def left_out_numbers(
 )->tuple[Tensor,Tensor]: # (B,) int64 numbers of images; (B,) which of the remembered images they are
     "Choose the images that are judged."
     numbers = torch.tensor([i for i, o in enumerate(bank.digests) if o is not None])
-    n = len(numbers)
-    at = torch.arange(n) if len(bank) < MANY else torch.linspace(0, n-1, min(100, n)).long()
+    n, few = len(numbers), len(bank) < MANY
+    at = torch.arange(n) if few else torch.linspace(0, n-1, min(100, n)).long()
     return numbers[at], at
 
 def leave_out(
@@ -100,7 +103,8 @@ def table_of_suspects(
     "List training images by what the others make of them."
     width = found.patch_scores.shape[2]
     at = found.patch_scores.flatten(1).argmax(1)
-    table = pd.DataFrame(dict(image=found.numbers, score=found.image_scores, row=at//width, col=at%width))
+    columns = dict(image=found.numbers, score=found.image_scores, row=at//width, col=at%width)
+    table = pd.DataFrame(columns)
     return table.sort_values('score', ascending=False, kind='stable', ignore_index=True)
 
 # %% ../nbs/07c_left_out.ipynb #61bd470d
@@ -129,6 +133,8 @@ def take_rows(
 )->Tensor: # (n, D)
     "Copy some rows, a few at a time."
     on_disk = plan is not None and plan.where == 'file'
-    out = spilled(len(idxs), rows.shape[1], plan.folder) if on_disk else rows.new_empty(len(idxs), rows.shape[1])
-    for part, some in zip(out.split(4096), idxs.split(4096)): part.copy_(rows[some.to(rows.device)])
+    shape = len(idxs), rows.shape[1]
+    out = spilled(*shape, plan.folder) if on_disk else rows.new_empty(shape)
+    for part, some in zip(out.split(4096), idxs.split(4096)):
+        part.copy_(rows[some.to(rows.device)])
     return out

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MemoryBank', 'places', 'digest_images', 'make_bank', 'smaller_size', 'naive_pick_new', 'pick_new', 'cover',
-           'known_radius', 'unordered', 'number_of']
+           'known_radius', 'unordered', 'number_of', 'gap']
 
 # %% ../nbs/07b_memory_bank.ipynb #cd3c4f1b
 from collections.abc import Callable, Sequence
@@ -54,7 +54,8 @@ def places(
     "Find where patches come from."
     h, w = grid
     image = torch.tensor(numbers)[idxs//(h*w*views)]
-    return torch.stack([image, idxs//w % h, idxs % w], 1)
+    row = idxs//w % h
+    return torch.stack([image, row, idxs % w], 1)
 
 # %% ../nbs/07b_memory_bank.ipynb #b84ae9da
 def digest_images(
@@ -83,10 +84,10 @@ def make_bank(
     "Remember a coreset."
     keep = [i for i, o in enumerate(digests) if o is not None]
     whole = len(core.idxs) == len(rows) and not copy
-    chosen = rows.cpu() if whole else rows[core.idxs.to(rows.device)].cpu()
+    chosen = rows if whole else rows[core.idxs.to(rows.device)]
     origin = places(core.idxs, keep, grid, views)
-    return MemoryBank(chosen, origin, core.idxs, core.anchor_dists, tuple(core.sizes), tuple(core.radii),
-                      tuple(digests), len(keep), n_patches or len(rows), ratio)
+    found = MemoryBank(chosen.cpu(), origin, core.idxs, core.anchor_dists, tuple(core.sizes), tuple(core.radii))
+    return replace(found, digests=tuple(digests), n_images=len(keep), n_patches=n_patches or len(rows), ratio=ratio)
 
 # %% ../nbs/07b_memory_bank.ipynb #e675764b
 def smaller_size(
@@ -109,8 +110,9 @@ def shrink(self:MemoryBank,
     "Keep the first picks, which are those of a smaller ratio."
     m = smaller_size(self, ratio)
     known = sum(o <= m for o in self.sizes)
-    return replace(self, rows=self.rows[:m].clone(), origin=self.origin[:m].clone(), idxs=self.idxs[:m].clone(), ratio=ratio,
-                   anchor_dists=self.anchor_dists[:m].clone(), sizes=self.sizes[:known], radii=self.radii[:known])
+    names = 'rows', 'origin', 'idxs', 'anchor_dists'
+    first = {name: getattr(self, name)[:m].clone() for name in names}
+    return replace(self, **first, ratio=ratio, sizes=self.sizes[:known], radii=self.radii[:known])
 
 # %% ../nbs/07b_memory_bank.ipynb #b4dd5aef
 def naive_pick_new(
@@ -133,7 +135,8 @@ def pick_new(
     radius:float,    # none shall lie farther from the memory bank
 )->Tensor: # (m,) int64 which of `rows` to add, in pick order
     "Pick new patches greedily until all lie within `radius` of the memory bank or of a pick."
-    far = torch.cat([search(x, 1)[0][:, 0].sqrt() for x in rows.split(8192)])
+    found = [search(some, 1)[0] for some in rows.split(8192)] # of (n, 1) squared distances
+    far = torch.cat(found)[:, 0].sqrt()
     out = (far > radius).nonzero()[:, 0]
     if not len(out): return out
     return out[cover(rows[out], far[out], radius)]
@@ -173,18 +176,18 @@ def grow(self:MemoryBank,
     chosen = pick_new(search, rows, radius).cpu()
     more = rows[chosen.to(rows.device)].cpu()
     new = sum(o is not None for o in digests)
-    return unordered(self, torch.cat([self.rows, more]), torch.cat([self.origin, places(chosen)]), radius,
-                     digests=self.digests+tuple(digests), n_images=self.n_images+new, n_patches=self.n_patches+len(rows))
+    larger = unordered(self, torch.cat([self.rows, more]), torch.cat([self.origin, places(chosen)]), radius)
+    return replace(larger, digests=self.digests+tuple(digests), n_images=self.n_images+new, n_patches=self.n_patches+len(rows))
 
 def unordered(
     bank:MemoryBank, # as it was
     rows:Tensor,     # (M, D) from now on
     origin:Tensor,   # (M, 3)
     radius:float,    # its cover radius
-    **changes        # other fields
 )->MemoryBank:
     "Make a bank whose rows are in no order of picks."
-    return replace(bank, rows=rows, origin=origin, idxs=None, anchor_dists=None, sizes=(len(rows),), radii=(radius,), ratio=None, **changes)
+    no_order = dict(idxs=None, anchor_dists=None, ratio=None)
+    return replace(bank, rows=rows, origin=origin, sizes=(len(rows),), radii=(radius,), **no_order)
 
 # %% ../nbs/07b_memory_bank.ipynb #3b3dc132
 def number_of(
@@ -216,15 +219,24 @@ def without(self:MemoryBank,
     numbers:Sequence[int], # of images, as in `origin`
 )->MemoryBank:
     "Forget all patches of some images."
-    radius = known_radius(self, 'forget')
-    gone = torch.isin(self.origin[:, 0], torch.tensor(numbers))
+    radius, numbers = known_radius(self, 'forget'), set(numbers)
+    gone = torch.isin(self.origin[:, 0], torch.tensor(list(numbers)))
     if gone.all(): raise ArgumentError('that would leave no patch in memory: keep at least one image')
-    left, out = self.rows[~gone], self.rows[gone]
-    farther = float(nearest_neighbours(out, left)[0].max())**.5 if len(out) else 0.
-    digests = tuple(None if i in set(numbers) else o for i, o in enumerate(self.digests))
-    part = 1-len(set(numbers))/self.n_images
-    return unordered(self, left.clone(), self.origin[~gone], radius+farther, digests=digests,
-                     n_images=self.n_images-len(set(numbers)), n_patches=round(self.n_patches*part))
+    left = self.rows[~gone].clone()
+    smaller = unordered(self, left, self.origin[~gone], radius+gap(self.rows[gone], left))
+    digests = tuple(None if i in numbers else o for i, o in enumerate(self.digests))
+    n_images = self.n_images-len(numbers)
+    n_patches = round(self.n_patches*(1-len(numbers)/self.n_images))
+    return replace(smaller, digests=digests, n_images=n_images, n_patches=n_patches)
+
+def gap(
+    out:Tensor,  # (n, D) rows that go
+    left:Tensor, # (m, D) rows that stay
+)->float: # 0 if none goes
+    "Find how far rows that go are from those that stay, at most."
+    if not len(out): return 0.
+    dists, _ = nearest_neighbours(out, left)
+    return float(dists.max())**.5
 
 # %% ../nbs/07b_memory_bank.ipynb #40e6bc07
 @patch
@@ -234,8 +246,10 @@ def join(self:MemoryBank,
     "Remember what any of several banks does."
     banks = [self, *others]
     radius = max(known_radius(o, 'merge') for o in banks)
-    firsts = np.cumsum([0, *(len(o.digests) for o in banks)])
-    shifted = [o.origin+torch.tensor([int(first), 0, 0]) for o, first in zip(banks, firsts)]
-    digests = sum((o.digests for o in banks), ())
-    return unordered(self, torch.cat([o.rows for o in banks]), torch.cat(shifted), radius, digests=digests,
-                     n_images=sum(o.n_images for o in banks), n_patches=sum(o.n_patches for o in banks))
+    digests, origins = (), []
+    for o in banks:
+        origins.append(o.origin+torch.tensor([len(digests), 0, 0])) # images are numbered on
+        digests += o.digests
+    joined = unordered(self, torch.cat([o.rows for o in banks]), torch.cat(origins), radius)
+    n_images, n_patches = (sum(getattr(o, name) for o in banks) for name in ('n_images', 'n_patches'))
+    return replace(joined, digests=digests, n_images=n_images, n_patches=n_patches)

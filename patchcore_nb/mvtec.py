@@ -66,7 +66,8 @@ def find_home(
     "Find the folder of a category."
     root = Path(root)
     home = root/category
-    if not root.is_dir(): raise wrong_layout(dataset, f'dataset folder {root} is not there: pass the folder that holds {category}/{good}')
+    wanted = f'pass the folder that holds {category}/{good}'
+    if not root.is_dir(): raise wrong_layout(dataset, f'dataset folder {root} is not there: {wanted}')
     if home.is_dir(): return home
     there = [p.name for p in subfolders(root)]
     hint = meant_root(root, category)
@@ -94,8 +95,11 @@ def check_complete(
     truth:Path,           # where their masks should be
 ):
     "Raise unless there are test images, and a mask at least."
-    if not samples: raise wrong_layout(dataset, f'{test} holds no folders of images: put good and defective test images into it')
-    if not any(o.mask for o in samples): raise wrong_layout(dataset, f'{truth} holds no mask of any defective image in {test}: put the masks into it')
+    images = 'put good and defective test images into it'
+    if not samples: raise wrong_layout(dataset, f'{test} holds no folders of images: {images}')
+    if any(o.mask for o in samples): return
+    missing = f'{truth} holds no mask of any defective image in {test}'
+    raise wrong_layout(dataset, f'{missing}: put the masks into it')
 
 def read_layout(
     dataset:str,           # name of the layout

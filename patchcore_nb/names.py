@@ -22,8 +22,9 @@ DISTANCES = Registry('distance', 'patchcore_nb.distances', dict.fromkeys(
 # %% ../nbs/00_names.ipynb #ea241b5f
 SEARCHES = Registry('search', 'patchcore_nb.searches', dict(exact='search') | dict.fromkeys(
     ['fast', 'fp16', 'int8', 'ivfpq'], 'approximate'))
-DATASETS = Registry('dataset', 'patchcore_nb.datasets', dict(mvtec='mvtec', demo='demo') | dict.fromkeys(
-    ['mpdd', 'btad', 'mvtec_loco', 'mvtec_ad2', 'visa', 'mtd', 'ksdd', 'folder', 'csv'], 'layouts'))
+DATASETS = Registry('dataset', 'patchcore_nb.datasets', dict(
+    mvtec='mvtec', demo='demo', mpdd='layouts', btad='layouts', mvtec_loco='layouts', mvtec_ad2='layouts',
+    visa='tables', mtd='splits', ksdd='splits', folder='patterns', csv='tables'))
 BACKBONES = Registry('backbone', 'patchcore_nb.backbones', dict(filterbank='filterbank'))
 
 # %% ../nbs/00_names.ipynb #d3e0043a

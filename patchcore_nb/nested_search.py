@@ -28,9 +28,23 @@ class Nested(Exact):
         super().fit(memory_bank)
         self.sizes_ = list(sizes)
         self.slices_ = list(zip([0, *sizes], sizes))
-        coded = bool(self.targets_) # is it worth while?
-        self.targets_ = [self._target(memory_bank[a:b].float()) for a, b in self.slices_ if coded]
+        if self.targets_: # it is worth while
+            lengths = [b-a for a, b in self.slices_]
+            self.targets_ = [self._target(x) for x in self.memory_bank_.split(lengths)]
         return self
+
+# %% ../nbs/00bb_nested_search.ipynb #3a2b17c6
+@patch
+def _product_in_slice(self:Nested,
+    i:int,          # of the slice
+    queries:Tensor, # (n, D)
+    k:int,          # neighbours
+)->tuple[Tensor,Tensor]: # (n, k or fewer) squared distances; rows of the memory bank
+    "Search one slice by plain product."
+    a, b = self.slices_[i]
+    rows = self.memory_bank_[a:b]
+    d, j = nearest_neighbours(queries, rows, min(k, b-a), self.centre_)
+    return d, j+a
 
 # %% ../nbs/00bb_nested_search.ipynb #c7a3822d
 @patch
@@ -43,13 +57,12 @@ def _in_slice(self:Nested,
 )->tuple[Tensor,Tensor,Tensor]: # (n',) queries with something to tell; (n', k or fewer) distances; rows of the memory bank
     "Search one slice."
     target = self.targets_[i]
-    a, b = self.slices_[i]
     if k <= len(target.half)//GROUP:
         live, d, j = search_block(q, codes, target, k, limits, None, scratch)
-        return live, d, j+a
-    d, j = nearest_neighbours(q, self.memory_bank_[a:b], min(k, b-a), self.centre_)
+        return live, d, j+self.slices_[i][0]
+    d, j = self._product_in_slice(i, q, k)
     every = torch.arange(len(q), device=q.device)
-    return every, d.sqrt(), j+a
+    return every, d.sqrt(), j
 
 @patch
 def _look(self:Nested,
@@ -76,11 +89,10 @@ def _by_product(self:Nested,
     k:int,          # neighbours
 )->list[tuple[Tensor,Tensor]]: # for each size (Q, k) squared distances; (Q, k) rows
     "Search all slices by plain product."
-    found = []
-    for a, b in self.slices_:
-        d, j = nearest_neighbours(queries, self.memory_bank_[a:b], min(k, b-a), self.centre_)
-        j += a
-        found.append(merge_neighbours(*found[-1], d, j) if found else (d, j))
+    found = [self._product_in_slice(0, queries, k)]
+    for i in range(1, len(self.slices_)):
+        more = self._product_in_slice(i, queries, k)
+        found.append(merge_neighbours(*found[-1], *more))
     return found
 
 @patch
@@ -94,4 +106,5 @@ def __call__(self:Nested,
     if not self.targets_ or not len(queries): return self._by_product(queries, k)
     def work(share): return self._search(queries[share], k)
     dists, idxs = joined(in_threads(work, len(queries), queries.device))
-    return [(d.square(), i) for d, i in zip(dists.split(k, 1), idxs.split(k, 1))]
+    dists = dists.square_().split(k, 1)
+    return list(zip(dists, idxs.split(k, 1)))

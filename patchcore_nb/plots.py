@@ -8,20 +8,17 @@ __all__ = ['GOOD', 'BAD', 'CYAN', 'as_array', 'map_peaks', 'good_and_bad', 'colo
            'row_of_axes', 'map_title', 'plot_prediction']
 
 # %% ../nbs/09_plots.ipynb #f9cc99a0
-import importlib
 from functools import lru_cache
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
 
 from .base import *
 from .core import *
-from .ensemble import Ensemble
-from .patchcore import PatchCore, Prediction
+from .prediction import Prediction
 
 # %% ../nbs/09_plots.ipynb #5de003ea
 GOOD = '#4477aa'
@@ -214,25 +211,13 @@ def plot_prediction(
     clear_ticks(axs)
     return axs
 
-# %% ../nbs/09_plots.ipynb #40262965
-@patch
-def __repr__(self:Prediction): return importlib.import_module('patchcore_nb.show').prediction_text(self)
-
-@patch
-def _repr_html_(self:Prediction): return importlib.import_module('patchcore_nb.show').prediction_html(self)
-
-@patch
-def _repr_html_(self:PatchCore): return importlib.import_module('patchcore_nb.show').model_html(self)
-
-@patch
-def _repr_html_(self:Ensemble): return importlib.import_module('patchcore_nb.show').model_html(self)
-
 # %% ../nbs/09_plots.ipynb #1872b705
 __getattr__ = renamed(__name__,
     draw_panel='panels.draw_panel', INK='panels.INK', LINE='panels.LINE',
     plot_scores='score_plots.plot_scores', plot_roc='score_plots.plot_roc',
-    pca_plane='memory_plots.pca_plane', plot_bank='memory_plots.plot_memory_bank', plot_radius='memory_plots.plot_radius',
-    patch_box='evidence.patch_box', stored_patch='evidence.stored_patch', surroundings='evidence.surroundings',
+    pca_plane='memory_plots.pca_plane', plot_bank='memory_plots.plot_memory_bank',
+    plot_radius='memory_plots.plot_radius', patch_box='evidence.patch_box',
+    stored_patch='evidence.stored_patch', surroundings='evidence.surroundings',
     plot_match='evidence.plot_match', plot_suspects='evidence.plot_suspects',
     model_html='show.model_html', prediction_html='show.prediction_html',
     _data_url='show.image_url', _name='show.image_name', _table_html='show.table_html')

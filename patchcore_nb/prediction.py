@@ -44,8 +44,9 @@ class Prediction:
         "Judge as the reference would judge these images as one test set."
         return self
 
+    def __repr__(self)->str: return importlib.import_module('patchcore_nb.show').prediction_text(self)
     def _repr_html_(self)->str:
-        return importlib.import_module('patchcore_nb.plots').prediction_html(self) # which stands above this module
+        return importlib.import_module('patchcore_nb.show').prediction_html(self) # which stands above this module
 
 # %% ../nbs/07d_prediction.ipynb #539c5436
 @patch(as_prop=True)

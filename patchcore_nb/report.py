@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['NO_STAGE', 'SORTS', 'ABOUT', 'ELSEWHERE', 'SUMMARY', 'say', 'model_said', 'count_called', 'threshold_said',
-           'promise_said', 'threshold_value', 'draw_histogram', 'metric_said', 'draw_roc', 'draw_pro', 'draw_curves',
-           'kinds_table', 'known', 'stages_table', 'shown_pictures', 'fill_section', 'parts_of', 'setting_text',
-           'flat_settings', 'head_text', 'head_lines', 'summary', 'colour_scale', 'render', 'RATES', 'SIDE', 'TEXTS',
-           'data_url', 'metric_name', 'metric_text', 'number', 'section', 'svg_curve', 'svg_histogram', 'svg_strip',
-           'texts']
+           'promise_said', 'threshold_value', 'draw_histogram', 'metric_said', 'draw_roc', 'draw_pro', 'kinds_table',
+           'known', 'stages_table', 'shown_pictures', 'fill_section', 'parts_of', 'setting_text', 'flat_settings',
+           'head_text', 'head_lines', 'summary', 'colour_scale', 'render', 'RATES', 'SIDE', 'TEXTS', 'data_url',
+           'metric_name', 'metric_text', 'number', 'section', 'svg_curve', 'svg_histogram', 'svg_strip', 'texts']
 
 # %% ../nbs/09k_report.ipynb #95d279d9
 from collections.abc import Iterable, Sequence
@@ -109,7 +108,8 @@ def draw_histogram(
         group = t['defective' if o['label'] else 'good']
         groups[group] += o['scores']
     value = threshold_value(s)
-    said = '' if value is None else f"{t['threshold']} {number(value)}"
+    said = ''
+    if value is not None: said = f"{t['threshold']} {number(value)}"
     return svg_histogram(groups, value, said, t['scores'], t['image_score'], t['images'])
 
 # %% ../nbs/09k_report.ipynb #afb37205
@@ -133,7 +133,7 @@ def draw_roc(
         if corners: lines[metric_said(s, f'{o}_auroc', t)] = corners
     return svg_curve(lines, t['roc'], t['fpr'], t['tpr']) if lines else None
 
-# %% ../nbs/09k_report.ipynb #c4a0b184
+# %% ../nbs/09k_report.ipynb #ab84ff48
 def draw_pro(
     s:dict,          # a section
     t:dict[str,str], # of `texts`
@@ -143,15 +143,8 @@ def draw_pro(
     if not corners: return None
     area = metric_said(s, 'aupro', t)
     limit = say(t, 'limit', limit=s['limit'])
-    said = f"{limit}{t['colon']}{area}"
-    return svg_curve({area: corners}, t['pro'], t['fpr'], t['overlap'], (s['limit'], said))
-
-def draw_curves(
-    s:dict,          # a section
-    t:dict[str,str], # of `texts`
-)->dict[str,str|None]: # roc, pro: `<svg>`, or None
-    "Draw a category's curves."
-    return dict(roc=draw_roc(s, t), pro=draw_pro(s, t))
+    bound = s['limit'], f"{limit}{t['colon']}{area}"
+    return svg_curve({area: corners}, t['pro'], t['fpr'], t['overlap'], bound)
 
 # %% ../nbs/09k_report.ipynb #1e8d545c
 def kinds_table(
@@ -167,7 +160,9 @@ def kinds_table(
     said = [say(t, 'kinds_note', low=number(low), high=number(high))]
     if log: said.append(t['log_note'])
     if value is not None: said.append(t['threshold_note'])
-    def with_strip(o): return o|dict(strip=svg_strip(o['scores'], (low, high), value, o['label'], o['kind'], log))
+    def with_strip(o):
+        strip = svg_strip(o['scores'], (low, high), value, o['label'], o['kind'], log)
+        return o|dict(strip=strip)
     kinds = [*map(with_strip, s['kinds'])]
     columns = dict.fromkeys(k for o in kinds for k in o['metrics'])
     return dict(kinds=kinds, kind_columns=list(columns), kinds_said=said)
@@ -188,8 +183,8 @@ def stages_table(
     stages = [NO_STAGE|o for o in stages]
     seconds = known(o['seconds'] for o in stages)
     peaks = known(o['peak_mb'] for o in stages)
-    longest = max(seconds, default=0)
-    return dict(stages=stages, seconds=sum(seconds), longest=max(longest, 1e-9), peak=max(peaks, default=None))
+    longest = max([1e-9, *seconds])
+    return dict(stages=stages, seconds=sum(seconds), longest=longest, peak=max(peaks, default=None))
 
 # %% ../nbs/09k_report.ipynb #93731acb
 SORTS = 'faint', 'false_alarms', 'hits'
@@ -216,7 +211,8 @@ def fill_section(
     filled['promise'] = promise_said(s['threshold'], t)
     filled['histogram'] = draw_histogram(s, t)
     filled['shown'] = shown_pictures(s['pictures'], t)
-    filled |= draw_curves(s, t)
+    filled['roc'] = draw_roc(s, t)
+    filled['pro'] = draw_pro(s, t)
     filled |= kinds_table(s, t)
     filled |= stages_table(s['stages'])
     return filled
@@ -317,7 +313,9 @@ def render(
 
 # %% ../nbs/09k_report.ipynb #118d2086
 __getattr__ = renamed(__name__,
-    thin='thinning.thin', category_curves='thinning.category_curves', squares='thumbnails.squares', framed='thumbnails.framed',
-    scores_by_kind='sections.scores_by_kind', worth_a_look='sections.worth_a_look', match_of='sections.match_of',
-    matches='sections.matches', threshold_facts='sections.threshold_facts', model_facts='sections.model_facts',
+    thin='thinning.thin', category_curves='thinning.category_curves',
+    squares='thumbnails.squares', framed='thumbnails.framed',
+    scores_by_kind='sections.scores_by_kind', worth_a_look='sections.worth_a_look',
+    match_of='sections.match_of', matches='sections.matches',
+    threshold_facts='sections.threshold_facts', model_facts='sections.model_facts',
     suspect_pictures='sections.suspect_pictures', share='svg_charts.share')

@@ -22,11 +22,12 @@ from .base import ArgumentError
 from .cache import digest_image
 from .core import read_image, to_pil
 from .data import Category, Sample, read_masks
-from .ensemble import Ensemble
 from .evidence import patch_box, stored_patch, strangest_patch
-from .patchcore import PatchCore, Prediction, as_items
+from .items import as_items
+from .patchcore import PatchCore
 from .plots import colour_range, seen_square
-from .show import cover_radius, members_of, short_name
+from .prediction import Detector, Prediction
+from .show import cover_radius, short_name
 from .thinning import category_curves
 from .thumbnails import framed, squares
 
@@ -181,21 +182,23 @@ def match_of(
     turned = model.augment and model.idxs_ is None # nobody knows which way
     if turned or not is_fitted_on(model, train, n): return None
     stored, _, r, c = stored_patch(model, train, j)
-    whole, near = framed_twice(seen_square(prediction, i), patch_box(model, row, col))
+    seen = seen_square(prediction, i)
+    whole, near = framed_twice(seen, patch_box(model, row, col))
     stored_whole, stored_near = framed_twice(stored, patch_box(model, r, c))
     found = dict(squares=[whole, near, stored_near, stored_whole])
     found['patch'] = plain(prediction.patch_scores[i, row, col])
-    found['stored'] = short_name(train[n]) if isinstance(train[n], (str, Path)) else str(n)
+    named = isinstance(train[n], (str, Path))
+    found['stored'] = short_name(train[n]) if named else str(n)
     return found
 
 # %% ../nbs/09j_sections.ipynb #d32db34d
 def matches(
-    model:PatchCore|Ensemble, # fitted
+    model:Detector, # fitted
     category:Category,        # what it was fitted on
     prediction:Prediction,    # of its test images
     chosen:Sequence[int],     # which of these
 )->list[dict]: # as `match_of` returns them, with name, kind and score of the image
-    "Show what the strangest patches of some images were compared with; nothing for ensembles and models that do not know."
+    "Show what the strangest patches of some images were compared with, where the model knows."
     if prediction.nn_idxs is None or getattr(model, 'origin_', None) is None or not category.train: return []
     train = as_items(category)
     found = []
@@ -206,12 +209,12 @@ def matches(
 
 # %% ../nbs/09j_sections.ipynb #aa1c174d
 def threshold_facts(
-    model:PatchCore|Ensemble, # fitted
+    model:Detector, # fitted
     prediction:Prediction,    # of this model
 )->dict|None: # value, map (of pixels; None: none), promise, rate (of false alarms that was wanted), confidence (that was wanted); n, good images that set it; None: there is no threshold
     "Say what there is to say of a threshold."
     if prediction.threshold is None or not np.isfinite(prediction.threshold): return None
-    first = members_of(model)[0]
+    first = model.members[0]
     said = dict(value=plain(prediction.threshold), map=plain(prediction.map_threshold))
     said['promise'] = prediction.promise
     said['rate'] = plain(first.false_alarms)
@@ -221,11 +224,11 @@ def threshold_facts(
 
 # %% ../nbs/09j_sections.ipynb #ea912625
 def model_facts(
-    model:PatchCore|Ensemble, # fitted
+    model:Detector, # fitted
     category:Category,
 )->dict: # train, good, defective: numbers of images; size (height, width); patches, of, radius: a value for each member
     "Say what a category's model was made of."
-    members = members_of(model)
+    members = model.members
     bad = sum(o.label for o in category.test)
     said = dict(train=len(category.train), good=len(category.test)-bad, defective=bad)
     said['size'] = list(model.preprocess_.size)
@@ -242,21 +245,21 @@ def whole_number(
     return None if pd.isna(x) else int(x)
 
 def show_suspect(
-    model:PatchCore|Ensemble, # fitted
+    model:Detector, # fitted
     suspect:dict,             # image (path), score, row, col (of the patch grid; not needed)
 )->dict: # image, score, row, col, picture
     "Show a suspicious training image."
     path = suspect['image']
     row, col = (whole_number(suspect.get(k)) for k in ('row', 'col'))
     box = None
-    if not (row is None or col is None or isinstance(model, Ensemble)): box = patch_box(model, row, col)
+    if row is not None and col is not None and hasattr(model, 'grid_'): box = patch_box(model, row, col) # an ensemble has several
     square = model.preprocess_.crop(to_pil(path))
     said = dict(image=str(path), score=plain(suspect['score']), row=row, col=col)
     said['picture'] = framed(square, box)
     return said
 
 def suspect_pictures(
-    model:PatchCore|Ensemble, # fitted
+    model:Detector, # fitted
     suspects:pd.DataFrame,    # columns image (path), score, row, col (of the patch grid; not needed)
     most:int,                 # how many to show
 )->list[dict]: # as `show_suspect` returns them
@@ -284,7 +287,7 @@ def plain_intervals(
 
 # %% ../nbs/09j_sections.ipynb #7f31c7ce
 def section(
-    model:PatchCore|Ensemble, # fitted
+    model:Detector, # fitted
     category:Category,        # with the test images
     prediction:Prediction,    # of the test images, in their order
     metrics:dict,             # name -> metric, as `evaluate` returns them, and any others
@@ -303,7 +306,7 @@ def section(
     if masks is None and curves is None: masks = quiet_masks(category, prediction)
     labels = np.array([o.label for o in category.test])
     look = worth_a_look(prediction.image_scores, labels, most)
-    evidence = [*look['hits'][:most-1], *look['false_alarms'][:1]]
+    evidence = look['hits'][:most-1]+look['false_alarms'][:1]
     found = dict(category=category.key, model=model_facts(model, category))
     found['metrics'] = plain_values(metrics)
     found['intervals'] = plain_intervals(intervals)

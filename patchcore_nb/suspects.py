@@ -6,7 +6,7 @@
 __all__ = ['SPARE', 'naive_strangers', 'find_strangers', 'stored_of_others', 'leave_one_out', 'cleaned']
 
 # %% ../nbs/04a_suspects.ipynb #89b2dce8
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -17,17 +17,19 @@ from .search import SEARCHES, nearest_neighbours
 
 # %% ../nbs/04a_suspects.ipynb #fd58cb9a
 def naive_strangers(
-    patches:Tensor, # (n, D) patch embeddings
-    owners:Tensor,  # (n,) int64 the image that each is part of
-    bank:Tensor,    # (M, D) memory bank
-    origin:Tensor,  # (M,) int64 the image that each stored patch is part of
-    k:int=1,        # neighbours
-)->tuple[Tensor,Tensor]: # (n, k) squared distances, ascending; (n, k) int64 rows of the bank
-    "Nearest stored patches of other images, with a memory made anew for each image."
-    dists, idxs = patches.new_empty(len(patches), k), torch.empty(len(patches), k, dtype=torch.int64, device=patches.device)
+    patches:Tensor,     # (n, D) patch embeddings
+    owners:Tensor,      # (n,) int64 the image that each is part of
+    memory_bank:Tensor, # (M, D)
+    origin:Tensor,      # (M,) int64 the image that each stored patch is part of
+    k:int=1,            # neighbours
+)->tuple[Tensor,Tensor]: # (n, k) squared distances, ascending; (n, k) int64 rows of the memory bank
+    "Find the nearest stored patches of other images, with a memory made anew for each image."
+    dists = patches.new_empty(len(patches), k)
+    idxs = torch.empty(len(patches), k, dtype=torch.int64, device=patches.device)
     for i in owners.unique():
-        mine, rest = owners == i, (origin != i).nonzero()[:, 0]
-        dists[mine], found = nearest_neighbours(patches[mine], bank[rest], k)
+        mine = owners == i
+        rest = (origin != i).nonzero()[:, 0]
+        dists[mine], found = nearest_neighbours(patches[mine], memory_bank[rest], k)
         idxs[mine] = rest[found]
     return dists, idxs
 
@@ -35,48 +37,59 @@ def naive_strangers(
 SPARE = 4 # neighbours of the own image that are allowed for
 
 def find_strangers(
-    search:Callable, # of the memory bank's nearest neighbours, fitted: queries, k -> squared distances, rows
-    patches:Tensor,  # (n, D) patch embeddings
-    owners:Tensor,   # (n,) int64 the image that each is part of
-    bank:Tensor,     # (M, D) memory bank, as the search knows it
-    origin:Tensor,   # (M,) int64 the image that each stored patch is part of
-    k:int=1,         # neighbours; there must be as many of other images
-)->tuple[Tensor,Tensor]: # (n, k) squared distances, ascending; (n, k) int64 rows of the bank
-    "Nearest stored patches of other images."
-    dists, idxs = search(patches, min(k+SPARE, len(bank)))
+    search:Callable,    # of the memory bank's nearest neighbours, fitted: queries, k -> squared distances, rows
+    patches:Tensor,     # (n, D) patch embeddings
+    owners:Tensor,      # (n,) int64 the image that each is part of
+    memory_bank:Tensor, # (M, D), as the search knows it
+    origin:Tensor,      # (M,) int64 the image that each stored patch is part of
+    k:int=1,            # neighbours; there must be as many of other images
+)->tuple[Tensor,Tensor]: # (n, k) squared distances, ascending; (n, k) int64 rows of the memory bank
+    "Find the nearest stored patches of other images."
+    dists, idxs = search(patches, min(k+SPARE, len(memory_bank)))
     own = origin[idxs] == owners[:, None]
     first = own.to(torch.int8).argsort(dim=1, stable=True)[:, :k] # those of others first, each part in order of distance
+    dists = dists.gather(1, first)
+    idxs = idxs.gather(1, first)
     short = (~own).sum(1) < k
-    dists, idxs = dists.gather(1, first), idxs.gather(1, first)
-    if short.any(): dists[short], idxs[short] = naive_strangers(patches[short], owners[short], bank, origin, k)
+    if not short.any(): return dists, idxs
+    dists[short], idxs[short] = naive_strangers(patches[short], owners[short], memory_bank, origin, k)
     return dists, idxs
 
 # %% ../nbs/04a_suspects.ipynb #d0cdbfbc
 def stored_of_others(
     origin:Tensor, # (M,) int64 the image that each stored patch is part of
 )->int: # 0 <= m < M
-    "How many stored patches are left when an image is left out, in the worst case."
-    return len(origin)-int(origin.unique(return_counts=True)[1].max())
+    "Count the stored patches that are left when an image is left out, in the worst case."
+    counts = origin.unique(return_counts=True)[1]
+    return len(origin)-int(counts.max())
 
+# %% ../nbs/04a_suspects.ipynb #a3a82c4d
 def leave_one_out(
-    images,        # of each image, in turn: its number and (n, D) patch embeddings
-    bank:Tensor,   # (M, D) memory bank
-    origin:Tensor, # (M,) int64 the image that each stored patch is part of
-    k:int=1,       # neighbours
+    images:Iterable[tuple[int,Tensor]], # of each image, in turn: its number and (n, D) patch embeddings
+    memory_bank:Tensor, # (M, D)
+    origin:Tensor,      # (M,) int64 the image that each stored patch is part of
+    k:int=1,            # neighbours
     search:Callable=None, # of the memory bank, fitted; default: an exact one
-)->tuple[Tensor,Tensor]: # (B, n, k) squared distances, ascending; (B, n, k) int64 rows of the bank
+)->tuple[Tensor,Tensor]: # (B, n, k) squared distances, ascending; (B, n, k) int64 rows of the memory bank
     "Judge every image by what is stored of the others."
-    if (m := stored_of_others(origin)) < k: raise ArgumentError(f'to leave an image out takes {k} stored patches of other images, and there are {m}: fit more images, or keep more patches (-p)')
-    search, origin = search or SEARCHES['exact']().fit(bank), origin.to(bank.device)
-    found = [find_strangers(search, p, torch.full((len(p),), i, device=p.device), bank, origin, k) for i, p in ((i, p.to(bank.device)) for i, p in images)]
+    m = stored_of_others(origin)
+    if m < k: raise ArgumentError(f'to leave an image out takes {k} stored patches of other images, and there are {m}: fit more images, or keep more patches by a larger ratio')
+    search = search or SEARCHES['exact']().fit(memory_bank)
+    origin = origin.to(memory_bank.device)
+    found = []
+    for i, patches in images:
+        patches = patches.to(memory_bank.device)
+        owners = torch.full((len(patches),), i, device=patches.device)
+        found.append(find_strangers(search, patches, owners, memory_bank, origin, k))
     return tuple(torch.stack(o).cpu() for o in zip(*found))
 
 # %% ../nbs/04a_suspects.ipynb #05d09967
 def cleaned(
-    far:Tensor,      # (N,) how far each patch of the bank is from what is stored of other images
-    fraction:float,  # of the patches to leave out, [0, 1)
+    far:Tensor,      # (N,) how far each patch is from what is stored of other images
+    fraction:float, # of the patches to leave out, [0, 1)
 )->Tensor: # (n,) int64 rows to keep, ascending; n >= 1
-    "Leave the worst fraction of the patches out."
+    "Choose which patches to keep: all but the worst fraction."
     if not 0 <= fraction < 1: raise ArgumentError(f'denoise must be in [0, 1), got {fraction}: pass 0.02 to leave the strangest 2% of the patches out')
     out = min(int(len(far)*fraction), len(far)-1)
-    return far.argsort(stable=True)[:len(far)-out].sort()[0]
+    nearest = far.argsort(stable=True)[:len(far)-out]
+    return nearest.sort()[0]

@@ -30,8 +30,10 @@ def template_text(
 @lru_cache(maxsize=1)
 def environment()->Environment:
     "Set up the place where templates find one another; everything is escaped."
-    loader = FunctionLoader(template_text)
-    return Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    found = Environment(loader=FunctionLoader(template_text), undefined=StrictUndefined, autoescape=True)
+    found.trim_blocks = True # a line that holds a block alone leaves no empty line behind
+    found.lstrip_blocks = True
+    return found
 
 def fill(
     name:str, # of a template
@@ -255,7 +257,8 @@ def svg_histogram(
     edges = bin_edges(values)
     span = value_span(values)
     highest = highest_bar(groups.values(), edges)
-    c = Chart(span, (0, 1.05*highest), title, xlabel, ylabel, 42, is_skewed(values), whole=True)
+    log = is_skewed(values)
+    c = Chart(span, (0, 1.05*highest), title, xlabel, ylabel, 42, log, whole=True)
     drawn = [draw_group(c, *group, edges, i) for i, group in enumerate(groups.items())]
     at = None if threshold is None else draw_threshold(c, threshold, threshold_text)
     return fill('histogram.svg', c=c, groups=drawn, threshold=at)

@@ -107,7 +107,7 @@ def learn_largest(
 )->tuple[Learned,list[int]]: # sizes of the memory bank at each ratio
     "Embed and pick at the largest ratio; the smaller ones are in it."
     new = model.fresh().check(category)
-    recipe = check_tries(tries, replace(new.recipe, ratio=tries.ratios[-1]), new.embedder_, len(category.train))
+    recipe = check_tries(tries, new.recipe, new.embedder_, len(category.train))
     learned = learn(new.embedder_, recipe, as_items(category))
     return learned, [smaller_size(learned.bank, o) for o in tries.ratios]
 

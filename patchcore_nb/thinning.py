@@ -9,7 +9,7 @@ __all__ = ['distance_from_line', 'corners', 'ends_in_cells', 'thin', 'category_c
 import numpy as np
 
 from .evaluation import counts, curve, weigh_regions
-from .patchcore import Prediction
+from .prediction import Prediction
 
 # %% ../nbs/09g_thinning.ipynb #c19cf0e6
 def distance_from_line(

@@ -4,9 +4,10 @@ import pytest
 import timm
 import torch
 
-from patchcore_nb import extractor, filterbank # which registers itself
+from patchcore_nb import build, extractor, filterbank, filters # filterbank registers itself
 from patchcore_nb.aggregator import Aggregator
 from patchcore_nb.backbones import KNOWN, backbone_table, describe_backbone, known_layers, reference_name
+from patchcore_nb.cache import code_state
 from patchcore_nb.core import ArgumentError, DataError
 from patchcore_nb.demo import demo_sample
 from patchcore_nb.extractor import Extractor, create_backbone, find_backbone, map_shapes, pad_images, weights_names
@@ -242,3 +243,13 @@ def test_maps_of_padded_images_lie_where_the_defect_is(imagesize):
     m = model.predict(odd).original_map(0)
     got = np.argwhere(m > .6*m.max()).mean(0)
     assert m.shape == tuple(size) and np.abs(got-(row, col)).max() < 9
+
+
+def test_a_cache_depends_on_the_filters_too():
+    "Whatever the filter bank computes with stands in a file that is looked at when a cache is asked."
+    parts = code_state([type(o) for o in create_backbone('filterbank').modules()])
+    used = {f.__module__ for f in (filters.gabors, filters.modulus, filters.halve, filters.soften, filterbank.cascade, filterbank.join)}
+    assert used <= {o.rpartition('.')[0] for o in parts}
+
+@pytest.mark.parametrize('name', ['create_backbone', 'find_backbone', 'find_layers', 'find_weights', 'library_names', 'map_shapes', 'put_weights', 'read_weights', 'register_backbone', 'split_seed', 'weights_names', 'Extractor', 'PRECISIONS', 'BACKBONES', 'KNOWN'])
+def test_the_extractor_offers_what_makes_a_backbone(name): assert getattr(extractor, name) is getattr(build, name, getattr(extractor, name))

@@ -64,7 +64,7 @@ def test_the_threshold_moves_the_counts(tutorial):
     page.wait_for_timeout(500)
     after = counts(page)
     assert after != before and sum(after) == 24
-    assert after[1] == after[3] == 0 and after[0] == 15 # at the lowest threshold everything rings: none missed, none passed
+    assert after[1] == after[3] == 0 and after[0] == 15 # at the lowest threshold everything is called anomalous: none missed, none passed
     assert explorer.locator('img').first.get_attribute('src') != picture
 
 def test_a_change_of_the_threshold_is_shown_at_once(tutorial):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from scipy.integrate import trapezoid
 
-from patchcore_nb import experiment, memory, patchcore
+from patchcore_nb import budget, experiment, patchcore
 from patchcore_nb.cli import main
 from patchcore_nb.core import ArgumentError, DataError
 from patchcore_nb.data import load_category, make_miniature
@@ -61,16 +61,22 @@ def spilling(model, n): # bytes
 # Plans
 
 def test_a_budget_in_between_spills(tmp_path):
-    budget = spilling(large(), 40)
-    plan = large(memory_budget=budget, spill_dir=tmp_path).plan(40)
-    assert plan.where == 'file' and plan.peak <= budget < large().plan(40).peak and f'in {tmp_path}' in str(plan)
-    with pytest.raises(ArgumentError, match='too small: about .* even with'): large(memory_budget=budget-1).plan(40)
+    least = spilling(large(), 40)
+    plan = large(memory_budget=least, spill_dir=tmp_path).plan(40)
+    assert plan.where == 'file' and plan.peak <= least < large().plan(40).peak and f'in {tmp_path}' in str(plan)
+    with pytest.raises(ArgumentError, match='too small: about .* even with'): large(memory_budget=least-1).plan(40)
+
+def test_errors_name_arguments():
+    "The command line translates them; who calls from Python has no flags."
+    load = budget.Load(209, 163_856, 1024, 16_385, 47*10**6, 50*10**6)
+    with pytest.raises(ArgumentError, match='pass a memory_budget of .*MB, a smaller ratio or a smaller batch_size$') as e: budget.make_plan(load, '100MB')
+    assert '--' not in str(e.value) and ' -p' not in str(e.value)
 
 def test_without_a_budget_what_is_free_counts(cogs, monkeypatch):
     free = spilling(large(), 40)
-    monkeypatch.setattr(memory, 'free_memory', lambda: free)
+    monkeypatch.setattr(budget, 'free_memory', lambda: free)
     assert large().plan(40).where == 'file'
-    monkeypatch.setattr(memory, 'free_memory', lambda: free//2)
+    monkeypatch.setattr(budget, 'free_memory', lambda: free//2)
     with pytest.raises(DataError, match='close other programs'): large().fit(cogs)
 
 def test_more_test_images_take_more(cogs):
@@ -79,10 +85,10 @@ def test_more_test_images_take_more(cogs):
 
 def test_a_gpu_takes_the_bank(monkeypatch):
     "What is on the GPU does not count, and what it has no room for stays off it."
-    load = memory.Load(209, 163_856, 1024, 16_385, 47*10**6, 50*10**6)
+    load = budget.Load(209, 163_856, 1024, 16_385, 47*10**6, 50*10**6)
     for free, where in ((8*10**9, 'gpu'), (10**9, 'file')):
         monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (free, free))
-        assert memory.make_plan(load, '600MB', device='cuda').where == where
+        assert budget.make_plan(load, '600MB', device='cuda').where == where
 
 @pytest.mark.parametrize('files, left', [
     ({'memory.max': '1000\n', 'memory.current': '700\n', 'memory.stat': 'file 9\ninactive_file 150\n'}, 450), ({'memory.max': 'max\n', 'memory.current': '7'}, None),
@@ -92,7 +98,7 @@ def test_limits_of_containers(tmp_path, files, left):
     for name, text in files.items():
         (tmp_path/name).parent.mkdir(exist_ok=True)
         (tmp_path/name).write_text(text)
-    assert memory.container_free(tmp_path) == left
+    assert budget.container_free(tmp_path) == left
 
 
 # Spilling
@@ -109,7 +115,7 @@ def test_spilled_is_the_same(cogs, tmp_path, sampler):
 @pytest.fixture
 def no_room(monkeypatch):
     "A machine on which nothing but spilling is possible; what a miniature takes is too little to tell."
-    def make(): monkeypatch.setattr(memory.Plan, 'peak', property(lambda self: 10**3 if self.where == 'file' else 10**12))
+    def make(): monkeypatch.setattr(budget.Plan, 'peak', property(lambda self: 10**3 if self.where == 'file' else 10**12))
     return make
 
 def test_command_line_spills_to_the_same_results(call, tmp_path, no_room):
@@ -122,16 +128,16 @@ def test_command_line_spills_to_the_same_results(call, tmp_path, no_room):
     assert (first/'results.csv').read_bytes() == (second/'results.csv').read_bytes()
     assert sorted(o.name for o in second.iterdir()) == sorted(o.name for o in first.iterdir())
 
-@pytest.mark.parametrize('budget, word', [('100MB', 'too small: about'), ('lots', 'pass 2GB'), ('-5', 'pass 2GB'), ('0', 'pass 2GB')])
-def test_budgets_that_cannot_be(call, tmp_path, budget, word):
-    code, err = call(f'--memory_budget {budget}')
+@pytest.mark.parametrize('size, word', [('100MB', 'too small: about'), ('lots', 'pass 2GB'), ('-5', 'pass 2GB'), ('0', 'pass 2GB')])
+def test_budgets_that_cannot_be(call, tmp_path, size, word):
+    code, err = call(f'--memory_budget {size}')
     errors = [o for o in err.splitlines() if o.startswith('error: ')]
     assert code == 2 and len(errors) == 1 and word in errors[0] and 'memory_budget' in errors[0], err
     assert not (tmp_path/'results').exists()
 
 def test_a_full_disk_is_one_line(call, tmp_path, monkeypatch, no_room):
     def full(*a): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(memory, '_reserve', full)
+    monkeypatch.setattr(budget, '_reserve', full)
     no_room()
     code, err = call()
     errors = [o for o in err.splitlines() if o.startswith('error: ')]
@@ -154,7 +160,7 @@ def test_a_file_that_may_not_grow(tmp_path):
 
 def test_where_space_cannot_be_reserved_zeros_are_written(tmp_path, monkeypatch):
     monkeypatch.delattr(os, 'posix_fallocate', raising=False)
-    bank = memory.spilled(5000, 1000, tmp_path)
+    bank = budget.spilled(5000, 1000, tmp_path)
     assert bank.shape == (5000, 1000) and not bank.any()
 
 @posix
@@ -203,7 +209,7 @@ def test_a_plan_is_kept(demo_root, tmp_path):
     assert found['tight']['peak'] <= 340e6, found['tight']
     assert found['free']['peak'] <= planned(found['free']['plan']), found['free']
 
-def planned(line): return memory.parse_size(line.split('peak about ')[1].split(' of ')[0])
+def planned(line): return budget.parse_size(line.split('peak about ')[1].split(' of ')[0])
 
 @linux
 def test_bottle(testdata, tmp_path):
@@ -224,8 +230,8 @@ def tile(tmp_path_factory): return load_category('mvtec', make_miniature(tmp_pat
 def close(name): return dict(abs=1e-4) if is_metric(name) else dict(rel=1e-4) # a score is as fine as its bin
 
 @pytest.mark.parametrize('members', [1, 2])
-def test_counted_figures_are_the_exact_ones(tile, tmp_path, members):
-    "Figures, kinds and intervals with the maps in a file, against all in memory; 1e-4 is the promise for metrics, and rows are coarser."
+def test_counted_metrics_are_the_exact_ones(tile, tmp_path, members):
+    "Metrics, kinds and intervals with the maps in a file, against all in memory; 1e-4 is the promise for metrics, and rows are coarser."
     kw = dict(spill_dir=tmp_path, false_alarms=.3) # a rate that six images allow
     model = Ensemble(*(small(seed=i, **kw) for i in range(members))).fit(tile) if members > 1 else small(**kw).fit(tile)
     sorted_ = model.predict(tile.test)

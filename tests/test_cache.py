@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torchvision
 from PIL import Image
@@ -165,6 +166,29 @@ def test_damage_is_found_and_mended(tile, kept, damage):
     sizes = {p: len(b) for p, b in whole.items()}
     assert {p: p.stat().st_size for p in files(kept)} == sizes
     same(model(kept, 'resnet18').fit(tile), m)
+
+def test_entries_of_an_older_format_are_passed_over(tmp_path, monkeypatch):
+    "Where it left them, and also where a person has moved them to."
+    ones = dict(t=torch.ones(3))
+    with monkeypatch.context() as m:
+        m.setattr(cache, 'FORMAT', 'patchcore_nb cache 1')
+        old = Cache(tmp_path, dict(a=1))
+        old.put('x', ones)
+        assert torch.equal(old.get('x')['t'], ones['t'])
+    new = Cache(tmp_path, dict(a=1))
+    assert cache.FORMAT == 'patchcore_nb cache 2' and new.folder != old.folder and new.get('x') is None
+    shutil.copy(old.path('x'), new.path('x'))
+    assert new.get('x') is None
+    new.put('x', ones)
+    assert torch.equal(new.get('x')['t'], ones['t'])
+
+def test_a_file_of_the_version_before_is_passed_over(tmp_path):
+    "Its header said nothing of a format."
+    c = Cache(tmp_path, dict(a=1))
+    ones = dict(t=torch.ones(3))
+    about = dict(key='x', shapes=str({'t': (3,)}), sha256=cache.digest_tensors(ones))
+    c.path('x').write_bytes(safetensors.torch.save(ones, about))
+    assert c.get('x') is None
 
 def test_swapped_files_are_found(tile, kept):
     m = model(kept, 'resnet18').fit(tile)

@@ -1,4 +1,5 @@
 "The command line, end to end on miniatures: the reference's flags and files, and every bad input with its one line."
+import inspect
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from patchcore_nb import build, core, experiment, store
+from patchcore_nb import PatchCore, build, core, experiment, store
 from patchcore_nb.cli import main
 from patchcore_nb.data import make_miniature
 
@@ -282,9 +283,9 @@ def test_categories_and_kinds_keep_their_names_and_digits_in_tables(tmp_path):
     (dict(core=CORE+' --search exakt'), ['unknown search', "'exact'"]), (dict(group='--memory_budget much'), ['memory_budget', '2GB']), (dict(group='--memory_budget 50MB'), ['memory_budget of 50 MB is too small']),
     (dict(core=CORE+' -b wideresnet50'), ['-le layer2', 'from 0 to 1', '0.layer2']), (dict(core='-b resnet18 -b resnet18 -le 0.layer2 --weights random'), ['backbone 1', 'has no layer', '-le 1.']), (dict(core=CORE+' --patchsize 0'), ['patchsize']), (dict(core=CORE+' --patchsize 99'), ['far larger than the feature map']),
     (dict(core=CORE+' --patchoverlap 1'), ['patchoverlap']), (dict(core=CORE+' --anomaly_scorer_num_nn 0'), ['anomaly_scorer_num_nn']),
-    (dict(core=CORE+' --patchscore reweighted', sampler='-p 0.0001 approx_greedy_coreset'), ['only one', '(-p)']),
+    (dict(core=CORE+' --patchscore reweighted', sampler='-p 0.0001 approx_greedy_coreset'), ['--patchscore reweighted needs at least 2', 'only 1', 'a larger -p']),
     (dict(core=CORE+' --anomaly_scorer_num_nn 26'), ['memory bank of 25', '--anomaly_scorer_num_nn']),
-    (dict(dataset=f'{SMALL} -d tile --imagesize 65'), ['larger than resize']),
+    (dict(dataset=f'{SMALL} -d tile --imagesize 65'), ['--imagesize 65 is larger than --resize 64']),
     (dict(dataset=f'{SMALL} -d tile --train_val_split 0'), ['(0, 1]']), (dict(dataset=f'{SMALL} -d tile --train_val_split 0.01'), ['at least 1']),
     (dict(dataset=f'{SMALL} -d tile --batch_size 0'), ['batch_size']), (dict(dataset=SMALL), ['subdatasets']), (dict(dataset=f'{SMALL} -d tile -d tile'), ['twice']),
     (dict(args='--gpu -2 results patch_core -b resnet18 -le layer2 sampler identity dataset -d a mvtec b'.split()), ['index of a device']), (dict(group='--no_such_flag'), ['no_such_flag']), (dict(group='--log_online'), ['does not know it', 'leave it out']), (dict(group='--model_format pickle'), ['pickle']), (dict(group='--model_format ours'), ['--save_patchcore_model']),
@@ -388,6 +389,46 @@ def test_a_full_disk_leaves_nothing_half_written(call, tmp_path, monkeypatch, wh
     assert not only(tmp_path/'results', f'*{what}*') and not only(tmp_path/'results', '*.tmp*')
 
 
+# Errors of the library name arguments; the command line names its own flags.
+
+SAYS = [
+    ('ratio must be in (0, 1], got 10: pass 0.1 to keep 10%', '-p must be in (0, 1], got 10: pass 0.1 to keep 10%'),
+    ('k = 26 neighbours asked of a memory bank of 25 patches: pass a smaller k or a larger ratio', '--anomaly_scorer_num_nn = 26 neighbours asked of a memory bank of 25 patches: pass a smaller --anomaly_scorer_num_nn or a larger -p'),
+    ('patch_score reweighted needs 2 patches, reweight_k is 9: pass patch_score="max"', '--patchscore reweighted needs 2 patches, --reweighting_num_nn is 9: pass --patchscore max'),
+    ('the memory_budget of 1 MB is too small: pass memory_budget=2GB, a smaller ratio or batch_size', 'the --memory_budget of 1 MB is too small: pass --memory_budget 2GB, a smaller -p or --batch_size'),
+    ('no layers named: pass layers=["layer2", "layer3"], or another search', 'no layers named: pass -le layer2 -le layer3, or another --search'),
+    ('denoise must be in [0, 1), and `search` exact: check weights_dir', '--denoise must be in [0, 1), and --search exact: check --weights_dir'),
+    ('pass a smaller --batch_size or -p, or --no_crop', 'pass a smaller --batch_size or -p, or --no_crop'), # flags that are there already
+    ('the ratio of the distances, the search and the layers of this backbone', 'the ratio of the distances, the search and the layers of this backbone'),
+    ("unknown layer 'imagesize', known: k, ratio", "unknown layer 'imagesize', known: k, ratio")]
+
+@pytest.mark.parametrize('argument, flag', SAYS, ids=[o[0][:30] for o in SAYS])
+def test_errors_are_told_in_flags(call, monkeypatch, argument, flag):
+    def wrong(*args, **kw): raise core.ArgumentError(argument)
+    monkeypatch.setattr(experiment, 'run', wrong)
+    refused(call(), 2, flag)
+
+def test_of_an_error_about_data_the_remedy_alone_is_told_in_flags(call, monkeypatch):
+    def wrong(*args, **kw): raise core.DataError('my batch_size 8/k.png is too long: pass a smaller imagesize')
+    monkeypatch.setattr(experiment, 'run', wrong)
+    refused(call(), 1, 'error: my batch_size 8/k.png is too long: pass a smaller --imagesize')
+
+def test_a_program_names_no_flag_that_it_does_not_have():
+    from patchcore_nb.answers import as_flags, flags_of, spelling
+    from patchcore_nb.cli import cli
+    from patchcore_nb.saved import evaluate_cli, predict_cli
+    said = 'pass a smaller ratio, k or imagesize=224'
+    assert as_flags(said, flags_of(predict_cli)) == 'pass a smaller ratio, k or --imagesize 224'
+    assert as_flags(said, flags_of(cli, 'r patch_core_loader -p m dataset -d a mvtec b'.split())) == 'pass a smaller ratio, k or --imagesize 224'
+    assert as_flags(said, flags_of(cli, 'r patch_core -b x sampler -p 1 a dataset -d a mvtec b'.split())) == 'pass a smaller -p, --anomaly_scorer_num_nn or --imagesize 224'
+    arguments = set(inspect.signature(PatchCore).parameters)
+    for command in (cli, evaluate_cli, predict_cli):
+        found = flags_of(command)
+        assert all(spelling(o).startswith('-') for o in found.values()) and {'imagesize', 'resize', 'batch_size', 'weights_dir', 'device'} <= found.keys()
+    unsaid = {'sampler', 'stride', 'show', 'spill_dir'} # an argument of the command line, an overlap, and what it settles itself
+    assert arguments-flags_of(cli).keys() == unsaid
+
+
 def test_debug_shows_the_traceback(call, monkeypatch):
     monkeypatch.setenv('PATCHCORE_NB_DEBUG', '1')
     with pytest.raises(core.ArgumentError): main('r patch_core -b resnet18 -le layer2 sampler -p 2 identity dataset -d a mvtec b'.split())
@@ -409,3 +450,64 @@ def test_what_changes_nothing_is_said(call):
     assert code == 0 and '-p 0.5 changes nothing' in said and '--confidence is for images that are held out' in said
     code, err, _ = call('', CORE+' --confidence .5 --false_alarms .3', dataset=f'{SMALL} -d tile --train_val_split 0.5')
     assert code == 0 and 'held out, and there are none' not in ' '.join(err)
+
+
+# Help, and what other packages bring
+
+@pytest.mark.parametrize('code', [
+    "from patchcore_nb.cli import cli as f; f.main(['--help'], standalone_mode=False)",
+    "from patchcore_nb.cli import cli as f; f.main(['r', 'dataset', '-d', 'a', 'mvtec', 'b', 'sampler', '--help'], standalone_mode=False)",
+    "from patchcore_nb.saved import evaluate_cli as f; f.main(['--help'], standalone_mode=False)",
+    "from patchcore_nb.saved import predict_cli as f; f.main(['--help'], standalone_mode=False)"])
+def test_help_imports_nothing_heavy(code):
+    heavy = "sorted({'torch', 'torchvision', 'timm', 'numpy', 'pandas', 'matplotlib', 'PIL', 'scipy', 'sklearn'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, '-c', f'import sys; {code}; print({heavy}, file=sys.stderr)'], capture_output=True, text=True, encoding='utf-8')
+    assert done.stderr.strip() == '[]' and '--help' in done.stdout
+
+PLUGIN = """
+import torch
+from patchcore_nb.data import load_category
+from patchcore_nb.filterbank import FilterBank
+from patchcore_nb.names import SAMPLERS, SEARCHES
+def sampler(*args, **kw): return SAMPLERS.find('random')(*args, **kw)
+def patch_score(patch_scores): return patch_scores.flatten(1).median(1)[0]
+def distance(dists): return 2*dists
+class Search(SEARCHES.find('exact')): pass
+def dataset(root, category, seed=0): return load_category('mvtec', root, category, seed=seed)
+def backbone(): return FilterBank()
+"""
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    "An installed package that promises one of each kind by entry points, after the command line was imported."
+    from patchcore_nb import names
+    tables = dict(samplers='SAMPLERS', patch_scores='PATCH_SCORES', distances='DISTANCES', searches='SEARCHES', datasets='DATASETS', backbones='BACKBONES')
+    what = dict(samplers='sampler', patch_scores='patch_score', distances='distance', searches='Search', datasets='dataset', backbones='backbone')
+    meta = tmp_path/'site'/'our_parts-1.0.dist-info'
+    meta.mkdir(parents=True)
+    (meta/'METADATA').write_text('Metadata-Version: 2.1\nName: our-parts\nVersion: 1.0\n', encoding='utf-8')
+    promised = [f'[patchcore_nb.{group}]\nour_{name.lower()} = our_parts:{name}\n' for group, name in what.items()]
+    (meta/'entry_points.txt').write_text('\n'.join(promised), encoding='utf-8')
+    (tmp_path/'site'/'our_parts.py').write_text(PLUGIN, encoding='utf-8')
+    monkeypatch.syspath_prepend(str(tmp_path/'site'))
+    before = {o: dict(getattr(names, o).found) for o in tables.values()}
+    yield
+    sys.modules.pop('our_parts', None)
+    for o, found in before.items():
+        getattr(names, o).found.clear()
+        getattr(names, o).found.update(found)
+
+OURS = '--patchscore our_patch_score --distance our_distance --search our_search'
+
+def test_the_command_line_finds_what_another_package_brings(call, tmp_path, plugin):
+    core_args = f'-b our_backbone -le layer2 -le layer3 --pretrain_embed_dimension 16 --target_embed_dimension 16 {OURS}'
+    code, lines, out = call('--save_patchcore_model --model_format ours', core_args, '-p 0.1 our_sampler', name='our_dataset')
+    assert code == 0, lines
+    params = json.loads(next((tmp_path/'results').rglob('model.json')).read_text())['params']
+    assert {k: params[k] for k in ('backbone', 'sampler', 'patch_score', 'distance', 'search')} == {k: f'our_{k}' for k in ('backbone', 'sampler', 'patch_score', 'distance', 'search')}
+
+def test_help_and_errors_name_what_another_package_brings(call, plugin):
+    said = ' '.join(call(args=['--help'])[2].split()).replace('| ', '|')
+    for o in ('our_sampler', 'our_patch_score', 'our_distance', 'our_search', 'our_dataset'): assert o in said, o
+    refused(call(core=f'{CORE} --distance our_distanc'), 2, "unknown distance 'our_distanc'", "did you mean 'our_distance'")
+    refused(call(core=f'{CORE} --patchscore our_patch_scor'), 2, "did you mean 'our_patch_score'")

@@ -106,19 +106,21 @@ def test_in_inference_mode_too(threads):
     with torch.inference_mode(): assert all(in_threads(lambda share: torch.is_inference_mode_enabled(), 1000))
     assert not any(in_threads(lambda share: torch.is_inference_mode_enabled(), 1000))
 
-def forked(queue): queue.put(sum(in_threads(lambda share: share.stop-share.start, 1000)))
+def forked(queue): queue.put((sum(in_threads(lambda share: share.stop-share.start, 1000)), in_new_thread(torch.get_num_threads)))
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='forks')
 @pytest.mark.filterwarnings('ignore:.*fork')
 def test_a_forked_process_has_threads_of_its_own(threads):
-    in_threads(lambda share: None, 1000) # the parent's threads are there
-    context = multiprocessing.get_context('fork')
-    queue = context.Queue()
-    child = context.Process(target=forked, args=[queue])
-    child.start()
-    assert queue.get(timeout=30) == 1000
-    child.join(30)
-    assert child.exitcode == 0
+    with ThreadPoolExecutor(1) as other: # which sets its number all the time
+        busy = [other.submit(set_own_threads, 1+i % 3) for i in range(20)]
+        in_threads(lambda share: None, 1000) # the parent's threads are there
+        context = multiprocessing.get_context('fork')
+        queue = context.Queue()
+        child = context.Process(target=forked, args=[queue])
+        child.start()
+        assert queue.get(timeout=60) == (1000, threads)
+        child.join(60)
+        assert child.exitcode == 0 and not [o.result() for o in busy if o.result()]
 
 def test_the_plain_product_in_threads(threads):
     "The same bits for any number of threads, also from several threads at once."

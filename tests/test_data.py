@@ -202,6 +202,21 @@ def test_sizes_that_cannot_be(resize, imagesize):
     with pytest.raises(ArgumentError, match='imagesize|resize must be'): Preprocess(resize, imagesize)
 
 
+@pytest.mark.parametrize('f', [lambda: Preprocess(224, 256), lambda: Preprocess((100, 200), (120, 100)), lambda: Preprocess(64, (64, 96))(Image.fromarray(grey(64, 90))), lambda: hold_out(1, .5)])
+def test_errors_name_arguments_and_no_flags(f):
+    with pytest.raises((ArgumentError, DataError)) as e: f()
+    assert '--' not in str(e.value) and any(o in str(e.value) for o in ('imagesize', 'train_val_split'))
+
+def test_names_that_moved():
+    "What the parts of the data were split into is still had from `data`; what is MVTec AD's alone, with a warning."
+    from patchcore_nb import batching, categories, crop, data, mvtec
+    for module in (batching, categories, crop):
+        for name in set(module.__all__) & set(data.__all__): assert getattr(data, name) is getattr(module, name)
+    for name in ('mvtec', 'read_layout', 'find_home', 'list_good', 'meant_root'):
+        with pytest.warns(DeprecationWarning, match=f'called mvtec.{name} now'): assert getattr(data, name) is getattr(mvtec, name)
+    with pytest.raises(AttributeError, match='no attribute'): data.nothing
+
+
 def number(i): return torch.full((3, 1, 1), float(i))
 
 @pytest.mark.parametrize('workers', [0, 1, 3])

@@ -358,6 +358,10 @@ def test_make_demo_runs_every_category():
     from patchcore_nb.demo import DEMO_CATEGORIES
     assert re.findall(r' -d (\S+)', (ROOT/'Makefile').read_text(encoding='utf-8')) == list(DEMO_CATEGORIES)
 
+def test_make_quick_names_tests_that_are_there():
+    names = re.search(r'^QUICK := \$\(addprefix tests/test_,(.+)\)$', (ROOT/'Makefile').read_text(encoding='utf-8'), re.MULTILINE)[1].split(' ')
+    assert names and all((ROOT/f'tests/test_{o}').exists() for o in names)
+
 def test_documents_are_current(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert not readme.differing(readme.wanted()), 'run `make readme`'

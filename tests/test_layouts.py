@@ -12,7 +12,7 @@ from patchcore_nb import data
 from patchcore_nb.cli import main
 from patchcore_nb.core import ArgumentError, DataError, read_image
 from patchcore_nb.data import DATASETS, TREES, Category, Preprocess, Sample, check_category, dataset_names, dataset_options, find_dataset, load_category, read_masks
-from patchcore_nb.layouts import make_layout
+from patchcore_nb.miniatures import make_layout
 
 LAYOUTS = {'mvtec': 'spot', 'mpdd': 'spot', 'btad': 'ko', 'mvtec_loco': 'logical_anomalies', 'mvtec_ad2': 'bad', 'visa': 'anomaly',
            'mtd': 'MT_Crack', 'ksdd': 'defect', 'folder': 'bad', 'csv': 'scratch'} # name -> kind of defect in its miniature
@@ -290,6 +290,9 @@ def test_a_row_of_visa_that_is_wrong(tmp_path):
 
 
 # Options, registration and entry points
+
+def test_every_dataset_is_where_the_table_says():
+    for name, module in DATASETS.ours.items(): assert find_dataset(name).__module__ == f'patchcore_nb.{module}'
 
 def test_options():
     assert dataset_options('folder') == ['normal', 'abnormal', 'masks', 'test_normal', 'seed'] and dataset_options('ksdd') == ['seed'] and dataset_options('mpdd') == []

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from patchcore_nb import experiment
-from patchcore_nb.core import ArgumentError
+from patchcore_nb.core import ArgumentError, generator, limit_threads
 from patchcore_nb.data import Category, load_category
 from patchcore_nb.experiment import judge, sweep
+from patchcore_nb.nested_search import Nested
 from patchcore_nb.patchcore import PatchCore
+from patchcore_nb.search import Exact
 from patchcore_nb.store import load, save
 
 FITTED = 'idxs_', 'anchor_dists_', 'memory_bank_', 'origin_'
@@ -127,3 +129,23 @@ def test_a_sweep_keeps_to_its_threads(cog, monkeypatch):
 def test_a_resized_model_claims_no_radius_of_another(wide):
     m = wide.resize(.0999)
     assert m.sizes_[-1] < len(m.memory_bank_) and 'cover radius' not in m._repr_html_() and 'cover radius' in wide._repr_html_()
+
+
+class Coded(Nested):
+    "Whole numbers, however slow they may be on this machine."
+    def _suits(self): return True
+
+@pytest.mark.parametrize('way', [Nested, Coded])
+@pytest.mark.parametrize('k', [1, 4])
+def test_nested_search_is_a_search_for_each_size(way, k):
+    g = generator(0)
+    shape = torch.randn(8, 64, generator=g)
+    rows, queries = (torch.randn(n, 8, generator=g) @ shape+.1*torch.randn(n, 64, generator=g) for n in (2500, 300))
+    sizes = [5, 150, 151, 2500]
+    found = way().fit(rows, sizes)
+    assert bool(found.targets_) or way is Nested
+    with limit_threads(2): answers = found(queries, k)
+    for m, (dists, idxs) in zip(sizes, answers):
+        alone = Exact().fit(rows[:m])(queries, k)
+        assert torch.equal(idxs, alone[1]) and torch.equal(dists, alone[0])
+    with pytest.raises(ArgumentError, match='memory bank of 5 '): found(queries, 6)

@@ -2,13 +2,15 @@
 import pytest
 import torch
 
-from patchcore_nb import samplers, search
-from patchcore_nb.core import DataError, generator
+from patchcore_nb import anchors, approximate, samplers, search
+from patchcore_nb.approximate import Fast
+from patchcore_nb.core import DataError, generator, limit_threads
 from patchcore_nb.data import load_category
 from patchcore_nb.extractor import BACKBONES, create_backbone
+from patchcore_nb.names import SEARCHES
 from patchcore_nb.patchcore import PatchCore
 from patchcore_nb.samplers import coreset, farthest_points, project, shortfall
-from patchcore_nb.search import ByProduct, Exact, Fast
+from patchcore_nb.search import ByProduct, Exact
 
 
 @pytest.fixture(scope='module')
@@ -20,12 +22,12 @@ def fitted(sieve): return PatchCore('filterbank', target_dim=256, device='cpu').
 @pytest.fixture(scope='module')
 def patches(fitted, sieve):
     "(N, D) of good images, (Q, D) of test images."
-    return tuple(torch.cat([p.flatten(0, 2) for p in fitted._embed([s.path for s in o], '')]) for o in (sieve.train[:12], sieve.test[::4]))
+    return tuple(fitted.embedder_.rows([s.path for s in o]) for o in (sieve.train[:12], sieve.test[::4]))
 
 @pytest.fixture
 def no_codes(monkeypatch):
     "A machine that cannot multiply matrices of int8."
-    def take(): [monkeypatch.setattr(o, 'int8_works', lambda device='cpu': False) for o in (search, samplers)]
+    def take(): [monkeypatch.setattr(o, 'int8_works', lambda device='cpu': False) for o in (search, anchors)]
     return take
 
 def true_neighbours(queries, bank):
@@ -193,9 +195,34 @@ def test_all_tiles_know_enough_rows_for_k(monkeypatch):
 def test_ivfpq_tells_the_recall_that_it_has():
     pytest.importorskip('faiss')
     x, q = (torch.randn(n, 64, generator=generator(s)) for n, s in ((8000, 0), (1000, 1)))
-    way, right = search.IVFPQ().fit(x), Exact().fit(x)(q)[1]
+    way, right = approximate.IVFPQ().fit(x), Exact().fit(x)(q)[1]
     assert abs(way.recall_-float((way(q)[1] == right).float().mean())) < .1
-    repeated = search.IVFPQ().fit(torch.randn(3, 64, generator=generator(2)).repeat(500, 1)) # most lists are empty
+    repeated = approximate.IVFPQ().fit(torch.randn(3, 64, generator=generator(2)).repeat(500, 1)) # most lists are empty
     assert repeated(q, 1)[1].min() >= 0 and repeated(q, 7)[1].min() >= 0
 
-def test_a_bank_of_one_has_a_recall(): assert search.SEARCHES['fp16']().fit(torch.ones(1, 8)).recall_ == 1
+def test_a_bank_of_one_has_a_recall(): assert SEARCHES['fp16']().fit(torch.ones(1, 8)).recall_ == 1
+
+class Coded(Exact):
+    "Whole numbers, however slow they may be on this machine."
+    def _suits(self): return True
+
+class CodedTiles(Coded): tile = 700
+
+@pytest.mark.parametrize('way', [Exact, Coded, CodedTiles, ByProduct])
+@pytest.mark.parametrize('k', [1, 5])
+def test_real_patches_by_any_number_of_threads(patches, way, k):
+    "The same bits in one thread and in three, and the truth."
+    rows, queries = patches[0][::4], patches[1][::3]
+    found = way().fit(rows)
+    one, three = [], []
+    for n, o in ((1, one), (3, three)):
+        with limit_threads(n): o += found(queries, k)
+    assert all(torch.equal(a, b) for a, b in zip(one, three))
+    truth = torch.cdist(queries.double(), rows.double(), compute_mode='donot_use_mm_for_euclid_dist').topk(k, largest=False)[0]
+    assert float((one[0].double().sqrt()/truth-1).abs().max()) < 1e-4
+
+def test_old_names_of_the_search_still_work():
+    with pytest.warns(DeprecationWarning, match='approximate.Fast'): assert search.Fast is Fast
+    from patchcore_nb import core
+    with pytest.warns(DeprecationWarning, match='first_line'): assert core.why(ValueError('one\ntwo')) == 'one'
+    assert search.nearest_neighbours and search.Codes and search.GROUP == 32

@@ -48,7 +48,7 @@ class Page(HTMLParser):
     def words(self): return re.sub(r'\s+', ' ', ' '.join(self.text))
 
 
-def figures_of(seen, category, masks):
+def metrics_of(seen, category, masks):
     labels = np.array([o.label for o in category.test])
     metrics = evaluate(seen.normalised_over_set().image_scores, labels, *((seen.normalised_over_set().anomaly_maps, masks) if masks is not None else ()))
     if seen.threshold is None: return metrics
@@ -59,7 +59,7 @@ def judged(category, model=None, **kw):
     "A section of a small model."
     model = (model or PatchCore('filterbank', ratio=.05, target_dim=64, resize=64, imagesize=64, device='cpu')).fit(category)
     seen, masks = model.predict(category.test), read_masks(category.test, model.preprocess_)
-    return section(model, category, seen, figures_of(seen, category, masks), **kw)
+    return section(model, category, seen, metrics_of(seen, category, masks), **kw)
 
 @pytest.fixture(scope='module')
 def cog(demo_root): return load_category('demo', demo_root, 'cog')
@@ -73,7 +73,7 @@ def fitted(cog):
 def full(cog, fitted):
     "A section in which nothing is left out."
     model, seen, masks = fitted
-    metrics = figures_of(seen, cog, masks) | dict(search_recall=.99987, my_own_figure=3.5, nothing=float('nan'))
+    metrics = metrics_of(seen, cog, masks) | dict(search_recall=.99987, my_own_metric=3.5, nothing=float('nan'))
     intervals = pd.DataFrame([dict(low=.81, high=.95)], ['image_auroc'])
     kinds = pd.DataFrame(dict(image_auroc=[.93, .92, .91]), ['broken_tooth', 'corrosion', 'scratch'])
     suspects = pd.DataFrame([dict(image=cog.train[2].path, score=12.25, row=3, col=4)])
@@ -90,8 +90,13 @@ def test_languages_say_the_same_things():
     first, *others = TEXTS.values()
     for o in others: assert {k: fields(v) for k, v in o.items()} == {k: fields(v) for k, v in first.items()}
     for o in TEXTS.values(): assert not [k for k, v in o.items() if not isinstance(v, str) or not v and k != 'gap']
-    assert [k for k, v in TEXTS['zh'].items() if v == TEXTS['en'][k]] == ['figure_aupro', 'figure_aupimo', 'figure_seg_f1'] # all the rest is translated
+    assert [k for k, v in TEXTS['zh'].items() if v == TEXTS['en'][k]] == ['metric_aupro', 'metric_aupimo', 'metric_seg_f1'] # all the rest is translated
     assert not [v for v in TEXTS['zh'].values() if re.search(r'[一-鿿][,;:?!]', v)], 'Chinese takes full-width punctuation'
+
+def test_a_language_may_be_added(full):
+    TEXTS['xx'] = texts('en')|dict(title='Rapport')
+    try: assert '<title>Rapport</title>' in render([full], {}, 'xx')
+    finally: del TEXTS['xx']
 
 def test_an_unknown_language_is_refused(full):
     with pytest.raises(ArgumentError, match=r"unknown lang 'cn'.*en, zh"): render([full], HEAD, 'cn')
@@ -123,17 +128,17 @@ def test_pictures_open_and_say_what_they_are(full, lang):
     assert all(o.get('aria-label') or o.get('aria-hidden') for o in page.all('svg'))
 
 @each_language
-def test_every_figure_is_there(full, lang):
+def test_every_metric_is_there(full, lang):
     t, words = texts(lang), Page(render([full], HEAD, lang)).words()
     for k, v in full['metrics'].items(): assert f'{metric_name(k, t)} {metric_text(k, v)}' in words
-    for o in ('0.8100 – 0.9500', 'my own figure 3.5', 'nothing –', '99.987%', '0.9300', '12.25', 'a stage', 'patchcore_nb_run ...', 'torch 2.9', 'model.layers', 'demo_cog'): assert o in words
+    for o in ('0.8100 – 0.9500', 'my own metric 3.5', 'nothing –', '99.987%', '0.9300', '12.25', 'a stage', 'patchcore_nb_run ...', 'torch 2.9', 'model.layers', 'demo_cog'): assert o in words
     assert 'nan' not in words.lower() and 'None' not in words
     assert t['promise_average'].format(rate=5.) in words
     good, bad = [o for o in full['kinds'] if not o['label']], [o for o in full['kinds'] if o['label']]
     assert t['false_alarms'].format(k=good[0]['called'], n=9) in words
     assert t['missed'].format(k=15-sum(o['called'] for o in bad), n=15) in words
 
-def test_the_mean_is_over_those_that_have_the_figure(full):
+def test_the_mean_is_over_those_that_have_the_metric(full):
     other = json.loads(json.dumps(full)) | dict(category='other')
     other['metrics'] |= dict(image_auroc=.5, pixel_auroc=None)
     words = Page(render([full, other], HEAD)).words()
@@ -145,6 +150,10 @@ def test_a_section_is_json(full):
     assert json.loads(text) == full and len(text) < 1_000_000
     assert all(len(o[0]) <= 400 for o in full['curves'].values())
     assert render([json.loads(text)], HEAD) == render([full], HEAD)
+
+def test_a_section_of_the_version_before_is_still_read(full):
+    old = full|dict(pictures={{'false_alarms': 'rings'}.get(k, k): v for k, v in full['pictures'].items()})
+    assert 'rings' in old['pictures'] and render([old], HEAD) == render([full], HEAD)
 
 def test_what_predictions_may_say(cog, fitted):
     model, seen, masks = fitted
@@ -159,7 +168,7 @@ def test_what_predictions_may_say(cog, fitted):
 def test_whatever_is_given_is_escaped(full, lang):
     bad = '</script><img src=x onerror=alert(1)>&"\'齿轮{{ 7*7 }}'
     def spoil(o):
-        if isinstance(o, dict): return {bad if k == 'my_own_figure' else k: spoil(v) for k, v in o.items()}
+        if isinstance(o, dict): return {bad if k == 'my_own_metric' else k: spoil(v) for k, v in o.items()}
         if isinstance(o, list): return [spoil(v) for v in o]
         return bad if isinstance(o, str) and not o.startswith('data:') and o != 'good' else o
     page = Page(render([spoil(full)], dict(command=bad, title=bad, device=bad, settings={bad: [bad]}) | {bad: bad}, lang))
@@ -172,7 +181,7 @@ def test_a_category_of_good_images_alone(tile, lang):
     only = replace(tile, test=[o for o in tile.test if not o.label])
     s = judged(only)
     words = Page(render([s], {}, lang)).words()
-    assert s['curves'] == dict(image_roc=None, pixel_roc=None, pro=None) and not s['pictures']['hits'] and len(s['pictures']['rings']) == 2
+    assert s['curves'] == dict(image_roc=None, pixel_roc=None, pro=None) and not s['pictures']['hits'] and len(s['pictures']['false_alarms']) == 2
     assert texts(lang)['no_threshold'] in words and texts(lang)['curves'] not in words.split()
 
 @each_language

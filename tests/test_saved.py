@@ -18,7 +18,7 @@ from patchcore_nb.ensemble import Ensemble
 from patchcore_nb.evaluation import evaluate
 from patchcore_nb.layouts import make_layout
 from patchcore_nb.patchcore import PatchCore
-from patchcore_nb.presets import PRESETS
+from patchcore_nb.names import PRESETS
 
 SMALL = '--imagesize 64 --resize 64'
 DIMS = '--pretrain_embed_dimension 64 --target_embed_dimension 64'
@@ -103,7 +103,7 @@ def test_another_image_size(call):
         assert call('evaluate', f'--gpu -1 judged patch_core_loader -p {model} dataset -d tile {sizes} mvtec data')[0] == 0
         seen[sizes] = pd.read_csv('judged/scores/mvtec_tile.csv').score
     assert len({tuple(o) for o in seen.values()}) == 4
-    refused(call('evaluate', f'--gpu -1 judged patch_core_loader -p {model} dataset -d tile --imagesize 100 mvtec data'), 2, 'larger than resize 96')
+    refused(call('evaluate', f'--gpu -1 judged patch_core_loader -p {model} dataset -d tile --imagesize 100 mvtec data'), 2, '--imagesize 100 is larger than --resize 96')
 
 def test_where_nothing_is_cut_each_category_has_its_own_size(call, data):
     "Whatever the order, at the model's own scale, settled by a training image before a test image."

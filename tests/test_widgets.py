@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 from patchcore_nb import Category, PatchCore, load_category
-from patchcore_nb.explore import draw_seen, exhibit, explain, layer_parts, layer_spans, outcomes, patch_at, roc_point, tally
+from patchcore_nb.board import counts_html, outcomes, roc_point, roc_svg, tally
+from patchcore_nb.explore import draw_seen, exhibit
 from patchcore_nb.plots import plot_prediction
+from patchcore_nb.reasons import explain, layer_parts, layer_spans, patch_at
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,7 +32,7 @@ def timed(f): # seconds
 def test_widgets_are_loaded_when_asked_for():
     watched = '*[o for o in ("torch", "numpy", "pandas", "matplotlib", "ipywidgets", "anywidget", "IPython") if o in sys.modules]'
     assert fresh(f'import sys, patchcore_nb; print({watched})') == []
-    assert 'ipywidgets' not in fresh(f'import sys; from patchcore_nb import *; import patchcore_nb.cli, patchcore_nb.explore, patchcore_nb.playground, patchcore_nb.verdicts; print({watched})')
+    assert 'ipywidgets' not in fresh(f'import sys; from patchcore_nb import *; import patchcore_nb.cli, patchcore_nb.explore, patchcore_nb.reasons, patchcore_nb.playground, patchcore_nb.verdicts; print({watched})')
     assert fresh('import sys; from patchcore_nb import explorer, why, coreset_playground, feature_lab, labeller; print("ipywidgets" in sys.modules)') == ['True']
 
 def test_the_front_door_is_light():
@@ -47,6 +49,7 @@ from PIL import Image
 from patchcore_nb import PatchCore
 from patchcore_nb.demo import demo_sample
 from patchcore_nb.explore import *
+from patchcore_nb.reasons import *
 from patchcore_nb.verdicts import *
 images = [demo_sample("cog", "train", i)[0] for i in range(4)]
 model = PatchCore("filterbank", ratio=.01, target_dim=64, false_alarms=.3).fit(images)
@@ -72,7 +75,6 @@ def read(b:bytes)->np.ndarray: return np.asarray(Image.open(io.BytesIO(b)).conve
 
 def test_the_explorer_follows_the_threshold(category, fitted):
     from patchcore_nb import explorer
-    from patchcore_nb.explore import counts_html, roc_svg
     _, _, seen = fitted
     view = explorer(seen, category.test).view
     labels = np.array([o.label for o in category.test])
@@ -213,3 +215,21 @@ def test_a_laboratory_refuses_what_it_would_ignore(category):
     from patchcore_nb.playground import Lab
     for kw in (dict(denoise=.1), dict(augment=True), dict(train_val_split=.5), dict(search='fast')):
         with pytest.raises(ArgumentError, match='leave it out'): Lab(category, PatchCore(**kw))
+
+
+def test_old_names_are_found_with_a_word():
+    import patchcore_nb.explore
+    from patchcore_nb import reasons
+    with pytest.warns(DeprecationWarning, match='reasons.explain'): assert patchcore_nb.explore.explain is reasons.explain
+    assert patchcore_nb.explore.tally is tally
+
+def test_a_page_without_python_shows_the_pictures(category, fitted):
+    "Each of the instruments is HTML as well, for whoever opens the notebook and runs nothing."
+    from patchcore_nb import explorer, why
+    model, train, seen = fitted
+    looking, asking = explorer(seen, category.test), why(model, seen, 5, train, category.test)
+    for widget, pictures in ((looking, 2), (asking, 6)):
+        shown = widget._repr_mimebundle_()
+        assert shown['text/html'].count('<img') == pictures and len(shown['text/html']) < 200_000 and len(shown['text/plain']) < 200
+        assert 'application/vnd.jupyter.widget-view+json' in shown
+    assert f"threshold: {looking.view.p['threshold'].value:.4g}" in looking._repr_mimebundle_()['text/html']

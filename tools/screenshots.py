@@ -10,7 +10,9 @@ import browser
 import nbformat
 from PIL import Image, ImageChops, ImageColor, ImageOps
 
-from patchcore_nb.explore import CYAN, LAYER_COLOURS, OUTCOMES
+from patchcore_nb.board import OUTCOMES
+from patchcore_nb.plots import CYAN
+from patchcore_nb.reasons import LAYER_COLOURS
 
 PLACE = Path(__file__).resolve().parents[1]/'nbs/images/widgets'
 CELLS = '''
