@@ -185,7 +185,7 @@ def __repr__(self:PatchCore):
 
 @patch
 def _repr_html_(self:PatchCore)->str:
-    return importlib.import_module('patchcore_nb.plots').model_html(self) # which stands above this module
+    return importlib.import_module('patchcore_nb.show').model_html(self) # which stands above this module
 
 # %% ../nbs/07g_patchcore.ipynb #36e11974
 def find_embedder(
