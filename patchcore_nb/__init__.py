@@ -9,47 +9,33 @@ __all__ = []
 # %% ../nbs/00a_front.ipynb #bf287926
 _WHERE = {
     'base': 'ArgumentError DataError PatchCoreError',
-    'names': 'DISTANCES PATCH_SCORES PRESETS SAMPLERS SEARCHES DATASETS',
     'core': 'read_image',
-    'search': '',
-    'budget': '',
-    'cache': '',
+    'names': 'DISTANCES PATCH_SCORES PRESETS SAMPLERS SEARCHES DATASETS',
     'data': 'Category Preprocess Sample load_category register_dataset',
     'demo': 'DEMO_CATEGORIES demo_sample make_demo',
-    'layouts': '',
     'extractor': 'Extractor register_backbone',
     'filterbank': 'FilterBank',
     'backbones': 'backbone_table create_backbone describe_backbone', # here, because the table of names is here
     'aggregator': 'Aggregator',
     'samplers': 'coreset register_sampler',
-    'suspects': '',
     'scorer': 'Rule Scorer register_distance register_patch_score score',
     'evaluation': 'evaluate',
     'pixels': 'Tally by_kind',
     'intervals': 'bootstrap compare',
     'thresholds': 'Calibration calibrate',
     'embedding': 'Compute Embedding',
-    'items': '',
     'embedder': 'Embedder',
     'memory_bank': 'MemoryBank',
-    'left_out': '',
     'prediction': 'Detector Prediction',
     'fitting': 'Recipe',
-    'changes': '',
     'patchcore': 'PatchCore',
-    'state': '',
     'ensemble': 'Ensemble',
     'presets': 'preset',
     'store': 'load save',
-    'plots': '',
-    'report': '',
-    'experiment': 'run sweep',
-    'explore': '',
-    'playground': '',
-    'verdicts': '',
+    'judging': 'Trial judge',
+    'experiment': 'run',
+    'sweeping': 'sweep',
     'widgets': 'coreset_playground explorer feature_lab labeller why',
-    'cli': '',
-    'saved': '',
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names.split()}
 __all__ = [name for name, module in _MODULE.items() if module != 'widgets'] # which a star does not ask for
@@ -57,11 +43,14 @@ __all__ = [name for name, module in _MODULE.items() if module != 'widgets'] # wh
 # %% ../nbs/00a_front.ipynb #79c1dc1b
 def __getattr__(name):
     "Load a name, or a module of this package, when it is first used."
-    import importlib
-    if name not in _MODULE and name not in _WHERE: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    module = importlib.import_module('patchcore_nb.'+_MODULE.get(name, name))
-    if name in _WHERE: return module
-    value = globals()[name] = getattr(module, name)
+    import importlib, importlib.util
+    if name in _MODULE: value = getattr(importlib.import_module('patchcore_nb.'+_MODULE[name]), name)
+    elif not name.startswith('_') and importlib.util.find_spec('patchcore_nb.'+name): value = importlib.import_module('patchcore_nb.'+name)
+    else: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    globals()[name] = value
     return value
 
-def __dir__(): return sorted({*globals(), *_MODULE, *_WHERE})
+def __dir__():
+    "List names and modules."
+    import pkgutil
+    return sorted({*globals(), *_MODULE, *(o.name for o in pkgutil.iter_modules(__path__))})

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_rates', 'aupimo_curves', 'log_budget_at', 'log_budget_left', 'image_means', 'highest', 'aupimo_images']
 
-# %% ../nbs/06_aupimo.ipynb #c5335877
+# %% ../nbs/06_aupimo.ipynb #5047e6bc
 from itertools import pairwise
 
 import numpy as np
@@ -14,7 +14,7 @@ from .arrays import maps_and_masks
 from .auc import Counts, add_sorted, defective_counts, rows_of
 from .core import ArgumentError
 
-# %% ../nbs/06_aupimo.ipynb #507ee958
+# %% ../nbs/06_aupimo.ipynb #b32adf66
 def check_rates(
     low:float,  # false positive rate
     high:float, # another
@@ -55,7 +55,7 @@ def aupimo_curves(
         found[i] = _image_mean(good, bad, thresholds, low, high)
     return found
 
-# %% ../nbs/06_aupimo.ipynb #2c886afc
+# %% ../nbs/06_aupimo.ipynb #185405a8
 def log_budget_at(
     above:np.ndarray, # any shape: false positive rate before a step
     up_to:np.ndarray, # the same shape: after it
@@ -80,7 +80,7 @@ def log_budget_left(
     if not c.n_good: return np.full(len(c.gained), np.nan)
     return log_budget_at(c.fp_above/c.n_good, c.fp/c.n_good, low, high)
 
-# %% ../nbs/06_aupimo.ipynb #89a6fa22
+# %% ../nbs/06_aupimo.ipynb #c0140b59
 def image_means(
     values:np.ndarray, # (P,) one for each of the P defective pixels, image after image
     sizes:np.ndarray,  # (B,) int how many of them each image has
@@ -91,7 +91,7 @@ def image_means(
     none = np.full(len(sizes), np.nan)
     return np.divide(totals, sizes, out=none, where=sizes > 0)
 
-# %% ../nbs/06_aupimo.ipynb #802c32cb
+# %% ../nbs/06_aupimo.ipynb #4d40643a
 def highest(
     scores:np.ndarray, # (n,) at least one
     share:float,       # of them, in (0, 1]
@@ -107,7 +107,7 @@ def aupimo_images(
     low:float=1e-5,   # from this false positive rate
     high:float=1e-4,  # to this one, low < high <= 1
 )->np.ndarray: # (B,) in [0, 1]; NaN for images without a defect, and for all if no image is good
-    "Average what is found of each image's defect over the rates from `low` to `high`, on a logarithmic scale."
+    "Average what is found of each defect over the rates from `low` to `high`, on a logarithmic scale."
     maps, masks = maps_and_masks(maps, masks)
     check_rates(low, high)
     bad = maps[masks]

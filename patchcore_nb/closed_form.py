@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['auroc_variance', 'check_level', 'perfect_auroc_bound', 'auroc_interval', 'share_interval']
 
-# %% ../nbs/06b_closed_form.ipynb #6bb7d312
+# %% ../nbs/06b_closed_form.ipynb #25a1ff5d
 import numpy as np
 from scipy.special import expit, logit
 from scipy.stats import binomtest, norm
@@ -14,7 +14,7 @@ from .arrays import scores_and_labels
 from .auc import auroc
 from .core import ArgumentError
 
-# %% ../nbs/06b_closed_form.ipynb #35adc15f
+# %% ../nbs/06b_closed_form.ipynb #2291b8cb
 def _shares_below(own:np.ndarray, others:np.ndarray)->np.ndarray: # the shape of `own`
     "Take the share of the others, ascending, that lie below each score; ties count half."
     below = np.searchsorted(others, own, 'left')
@@ -33,7 +33,7 @@ def auroc_variance(
     of_good = _shares_below(good, bad).var(ddof=1)
     return float(of_bad/bad.size+of_good/good.size)
 
-# %% ../nbs/06b_closed_form.ipynb #7d6cd888
+# %% ../nbs/06b_closed_form.ipynb #d4565556
 def check_level(
     level:float, # of an interval
 ):
@@ -51,7 +51,7 @@ def perfect_auroc_bound(
     if m < 1: raise ArgumentError(f'n_good and n_bad must be at least 1, got {n_good} and {n_bad}: an AUROC takes both kinds')
     return float(((1-level)/2)**(1/m))
 
-# %% ../nbs/06b_closed_form.ipynb #1bc294e0
+# %% ../nbs/06b_closed_form.ipynb #c140e16d
 def _logit_interval(value:float, deviation:float, level:float)->tuple[float,float]:
     "Lay an interval around a value in (0, 1), on the logit scale."
     on_logits = deviation/(value*(1-value))
@@ -65,7 +65,7 @@ def auroc_interval(
     labels,          # (B,) True = defective
     level:float=.95, # in (0, 1)
 )->tuple[float,float]: # in [0, 1]; NaN without both kinds, or where nothing varies and nothing is in order
-    "Find the interval of an image AUROC: by its variance, or by the bound if all images are in order, or none is."
+    "Find the interval of an image AUROC: by its variance, or by the bound if all or no images are in order."
     check_level(level)
     scores, labels = scores_and_labels(scores, labels)
     value = auroc(scores, labels)
@@ -73,7 +73,7 @@ def auroc_interval(
     bound = perfect_auroc_bound((~labels).sum(), labels.sum(), level)
     return (bound, 1.) if value else (0., 1-bound)
 
-# %% ../nbs/06b_closed_form.ipynb #9a63c5b6
+# %% ../nbs/06b_closed_form.ipynb #d4c4f2fa
 def share_interval(
     n_hits:int,      # how many
     n:int,           # of how many, at least n_hits; 0: nothing is known

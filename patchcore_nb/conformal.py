@@ -6,7 +6,7 @@
 __all__ = ['decimal_rate', 'average_rank', 'decimal_doubt', 'naive_rank', 'threshold_rank', 'images_needed',
            'conformal_threshold', 'rate_law', 'confidence_reached', 'expected_alarms', 'naive_p_values', 'p_values']
 
-# %% ../nbs/06c_conformal.ipynb #720f2c14
+# %% ../nbs/06c_conformal.ipynb #8ec0db50
 from bisect import bisect_right
 from fractions import Fraction
 from math import ceil, comb, floor, log, log1p
@@ -18,7 +18,7 @@ from scipy.stats import betabinom
 from .arrays import finite_scores
 from .core import ArgumentError
 
-# %% ../nbs/06c_conformal.ipynb #a045bcb7
+# %% ../nbs/06c_conformal.ipynb #84179ff7
 def decimal_rate(
     alpha:float, # false-alarm rate, in (0, 1)
 )->Fraction:
@@ -33,7 +33,7 @@ def average_rank(
     "Find the rank of the threshold that keeps the rate on average."
     return floor((n+1)*decimal_rate(alpha))
 
-# %% ../nbs/06c_conformal.ipynb #4dc502cc
+# %% ../nbs/06c_conformal.ipynb #59c847fd
 def decimal_doubt(
     confidence:float, # in (0, 1)
 )->Fraction:
@@ -66,7 +66,7 @@ def threshold_rank(
     doubt = float(decimal_doubt(confidence))*(1+1e-9)
     return bisect_right(range(n), doubt, key=lambda k: bdtr(k, n, p))
 
-# %% ../nbs/06c_conformal.ipynb #b2017047
+# %% ../nbs/06c_conformal.ipynb #51036934
 def images_needed(
     alpha:float,           # target false-alarm rate, in (0, 1)
     confidence:float=None, # that the true rate keeps it, in (0, 1); default: it does on average
@@ -82,12 +82,12 @@ def conformal_threshold(
     alpha:float,           # target false-alarm rate, in (0, 1)
     confidence:float=None, # that the true rate keeps it, in (0, 1); default: it does on average
 )->float: # scores above it raise an alarm; infinite (there is none) if n < `images_needed(alpha, confidence)`
-    "Find the lowest threshold with at most a share `alpha` of good images above it: on average, or with a confidence."
+    "Find the lowest threshold with at most a share `alpha` of good images above it, as far as is asked."
     good = np.sort(finite_scores(good_scores, 'good_scores'), axis=None)
     rank = threshold_rank(good.size, alpha, confidence)
     return float(good[-rank]) if rank else float('inf')
 
-# %% ../nbs/06c_conformal.ipynb #34e45236
+# %% ../nbs/06c_conformal.ipynb #66a44528
 def rate_law(
     n:int,                 # held-out images, at least `images_needed(alpha, confidence)`
     alpha:float,           # target false-alarm rate, in (0, 1)
@@ -107,7 +107,7 @@ def confidence_reached(
     if not rank: return 1.
     return float(bdtrc(rank-1, n, float(decimal_rate(alpha))))
 
-# %% ../nbs/06c_conformal.ipynb #fd690491
+# %% ../nbs/06c_conformal.ipynb #7e581a93
 def expected_alarms(
     n:int,                 # held-out images, at least `images_needed(alpha, confidence)`
     m:int,                 # further good images
@@ -122,7 +122,7 @@ def expected_alarms(
     low, high = betabinom.interval(level, m, a, b)
     return int(low), int(high)
 
-# %% ../nbs/06c_conformal.ipynb #b4c76c6c
+# %% ../nbs/06c_conformal.ipynb #6b642eda
 def naive_p_values(
     scores,      # (m,) or any shape
     good_scores, # (n,) scores of good images that the model was not fitted on

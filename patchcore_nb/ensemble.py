@@ -72,7 +72,7 @@ def mean_of(
     return into
 
 # %% ../nbs/07i_ensemble.ipynb #33548795
-@dataclass
+@dataclass(repr=False)
 class EnsemblePrediction(Prediction):
     "What an ensemble says of some images; `patch_scores` and `nn_idxs` are None, since each member has a grid and a memory of its own."
     members:list[Prediction]=field(default_factory=list) # what each member says

@@ -186,8 +186,6 @@ def evaluate(
 
 # %% ../nbs/06_evaluation.ipynb #ea7004a5
 __getattr__ = renamed(__name__, pixel_figures='pixel_metrics', no_pixel_figures='no_pixel_metrics',
-    Counts='auc.Counts', add_sorted='auc.add_sorted', add_good='auc.add_good', merged='auc.merged',
-    auroc_pairs='auc.auroc_pairs', area='auc.area', precision_area='auc.precision_area', best_f1='auc.best_f1',
-    rows_of='auc.rows_of', aupro_regions='aupro.aupro_regions', region_weights='aupro.region_weights',
-    aupimo_curves='aupimo.aupimo_curves', image_means='aupimo.image_means',
-    log_room='aupimo.log_budget_left', room_between='aupimo.log_budget_at')
+    auroc_pairs='auc.auroc_pairs', add_sorted='auc.add_sorted', aupro_regions='aupro.aupro_regions',
+    aupimo_curves='aupimo.aupimo_curves', log_room='aupimo.log_budget_left',
+    room_between='aupimo.log_budget_at')

@@ -45,7 +45,7 @@ def bootstrap(
     limits:Sequence[float]=LIMITS,       # false positive rates up to which AUPRO is taken, in (0, 1]
     marks:Sequence[np.ndarray]|None=None, # for `seg_f1`, as `resampled_metrics` takes them; default: no such metric
 )->pd.DataFrame: # index metric; columns value, low, high; NaN where there is no metric, or no resample differs from another
-    "Take each metric with its interval over test sets like this one: the image AUROC's by formula, the others' from resamples."
+    "Take each metric with its interval: the image AUROC's by formula, the others' from resamples."
     scores, labels = scores_and_labels(image_scores, labels, ('image_scores', 'labels'))
     metrics = resampled_metrics(_weights(labels, n, seed), scores, labels, rows, limits, marks)
     table = {k: (v[0], *percentile_interval(v[1:], level)) for k, v in metrics.items()}
@@ -132,5 +132,6 @@ def over_seeds(
 # %% ../nbs/06b_intervals.ipynb #d8ec0f53
 _all_ = ['auroc_interval', 'auroc_variance', 'perfect_auroc_bound', 'share_interval',
          'by_kind_of_rows', 'is_metric', 'naive_metrics', 'resampled_metrics', 'resamples']
-__getattr__ = renamed(__name__, is_figure='is_metric', naive_figures='naive_metrics', resampled_figures='resampled_metrics',
-    areas='resampling.areas', precision_areas='resampling.precision_areas', best_f1s='resampling.best_f1s')
+__getattr__ = renamed(__name__, is_figure='is_metric', naive_figures='naive_metrics',
+    resampled_figures='resampled_metrics', areas='resampling.areas',
+    precision_areas='resampling.precision_areas', best_f1s='resampling.best_f1s')

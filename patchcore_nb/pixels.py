@@ -302,5 +302,4 @@ class Tally:
 
 # %% ../nbs/06a_pixels.ipynb #7b7be371
 _all_ = ['GOOD_KIND', 'by_kind']
-__getattr__ = renamed(__name__, slack='bins.slack', BITS='bins.BITS', centre_of='bins.centre_of',
-    to_bins='bins.to_bins', bin_floor='bins.bin_floor', bin_tables='bins.bin_tables')
+__getattr__ = renamed(__name__, bin_floor='bins.bin_floor')

@@ -6,7 +6,7 @@
 __all__ = ['resamples', 'is_metric', 'naive_metrics', 'areas', 'precision_areas', 'best_f1s', 'image_steps', 'check_rows',
            'joined', 'aupimos', 'pixel_part', 'seg_f1s', 'resampled_metrics', 'by_kind_of_rows']
 
-# %% ../nbs/06a_resampling.ipynb #f91ca4cd
+# %% ../nbs/06a_resampling.ipynb #8d0842e8
 from collections.abc import Sequence
 from math import ceil
 
@@ -20,7 +20,7 @@ from .core import ArgumentError
 from .evaluation import LIMITS, aupro_names, evaluate
 from .kinds import GOOD_KIND, kind_columns
 
-# %% ../nbs/06a_resampling.ipynb #d355aa21
+# %% ../nbs/06a_resampling.ipynb #a85a058a
 def resamples(
     labels:np.ndarray, # (B,) bool, True = defective
     n:int=1000,        # how many resamples
@@ -35,7 +35,7 @@ def resamples(
         if size: weights[:, kind] = rng.multinomial(size, np.full(size, 1/size), n)
     return weights
 
-# %% ../nbs/06a_resampling.ipynb #1b2576be
+# %% ../nbs/06a_resampling.ipynb #4a58096d
 def is_metric(
     name:str, # a key of what `evaluate` returns
 )->bool: # False for the scores at which F1 is highest: they are places, and tell of no quality
@@ -62,7 +62,7 @@ def naive_metrics(
     if maps is None: names = [k for k in names if k.startswith('image_')]
     return {k: np.array([o[k] for o in found]) for k in names}
 
-# %% ../nbs/06a_resampling.ipynb #460ee60d
+# %% ../nbs/06a_resampling.ipynb #92b742b1
 def areas(
     good:np.ndarray,   # (n, K) good items at each step, highest scores first; whole numbers
     gained:np.ndarray, # (n, K) defective items at each step, or their weight
@@ -101,7 +101,7 @@ def best_f1s(
     known = found[:, -1] > 0
     return np.where(known, f1.max(1), np.nan)
 
-# %% ../nbs/06a_resampling.ipynb #5abe2f50
+# %% ../nbs/06a_resampling.ipynb #9d5f76a8
 def image_steps(
     weights:np.ndarray, # (n, B) int
     scores:np.ndarray,  # (B,)
@@ -117,7 +117,7 @@ def image_steps(
     bad = np.add.reduceat(weights*labels, starts, axis=1)
     return good, bad
 
-# %% ../nbs/06a_resampling.ipynb #65633bf4
+# %% ../nbs/06a_resampling.ipynb #096d78df
 def _as_row(o)->np.ndarray:
     "Take counts as they are; anything else must be finite numbers."
     counted = isinstance(o, np.ndarray) and o.dtype.kind in 'iu' and o.size
@@ -137,7 +137,7 @@ def check_rows(
     if wrong.size: raise ArgumentError(f'rows of good images must have no defective pixels, got {wrong.size} that do, the first at {wrong[0]}: are rows in the order of labels?')
     return rows
 
-# %% ../nbs/06a_resampling.ipynb #163aef0b
+# %% ../nbs/06a_resampling.ipynb #cdcabc5c
 def joined(
     rows:Sequence[np.ndarray], # three of shape (B, bins)
 )->list[np.ndarray]: # three of shape (B, K), K <= bins
@@ -146,7 +146,7 @@ def joined(
     starts = np.flatnonzero(np.append(True, busy[1:] | busy[:-1]))
     return [np.add.reduceat(o, starts, axis=1) for o in rows]
 
-# %% ../nbs/06a_resampling.ipynb #7ed386f5
+# %% ../nbs/06a_resampling.ipynb #86ee561f
 def _summed(weights:np.ndarray, rows:np.ndarray)->np.ndarray: # (n, K) float64
     "Sum rows over the images of each resample."
     return weights @ rows.astype(np.float64, copy=False)
@@ -169,7 +169,7 @@ def aupimos(
         left = log_budget_at(before, rates)
         return (left*shares).sum(1)/weights.sum(1)
 
-# %% ../nbs/06a_resampling.ipynb #d3c9e0ec
+# %% ../nbs/06a_resampling.ipynb #d4f59bca
 def pixel_part(
     weights:np.ndarray,     # (n, B) int: some of the resamples
     rows:list[np.ndarray],  # three of shape (B, K)
@@ -186,7 +186,8 @@ def pixel_part(
     metrics |= {name: areas(good, region, o) for name, o in aupro_names(limits).items()}
     metrics['aupimo'] = aupimos(weights, rows, labels)
     metrics |= dict(anomaly_pixel_auroc=areas(around, bad), anomaly_pixel_ap=precision_areas(around, bad))
-    return metrics | dict(anomaly_pixel_f1max=best_f1s(around, bad), anomaly_aupro=areas(around, region, limits[0]))
+    metrics['anomaly_pixel_f1max'] = best_f1s(around, bad)
+    return metrics | dict(anomaly_aupro=areas(around, region, limits[0]))
 
 def seg_f1s(
     weights:np.ndarray, # (n, B) int
@@ -200,7 +201,7 @@ def seg_f1s(
     f1 = 2*(weights @ hits)/both
     return np.where(bad > 0, f1, np.nan)
 
-# %% ../nbs/06a_resampling.ipynb #33529587
+# %% ../nbs/06a_resampling.ipynb #9858dc05
 def resampled_metrics(
     weights:np.ndarray,                 # (n, B) int, as `resamples` returns them
     image_scores,                       # (B,) higher = more anomalous
@@ -224,7 +225,7 @@ def resampled_metrics(
     hits, marked = map(np.asarray, marks)
     return metrics | dict(seg_f1=seg_f1s(weights, rows[1].sum(1), hits, marked))
 
-# %% ../nbs/06a_resampling.ipynb #b9e792ae
+# %% ../nbs/06a_resampling.ipynb #844b1b5f
 def by_kind_of_rows(
     image_scores,              # (B,) higher = more anomalous
     kinds:Sequence[str],       # (B,) name of the kind of defect, or "good"

@@ -18,7 +18,8 @@ import pandas as pd
 
 from .core import *
 from .data import Category, Sample, read_ahead, read_masks
-from .plots import colour_range, draw_panel
+from .panels import draw_panel
+from .plots import colour_range
 from .patchcore import RUNTIME
 from .prediction import Detector, Prediction
 

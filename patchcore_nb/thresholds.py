@@ -14,8 +14,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from .arrays import finite_scores
-from .conformal import (confidence_reached, conformal_threshold, expected_alarms, images_needed, naive_p_values,
-                                    naive_rank, p_values, rate_law, threshold_rank)
+from .conformal import (confidence_reached, conformal_threshold, expected_alarms, images_needed,
+                                    naive_p_values, naive_rank, p_values, rate_law, threshold_rank)
 from .core import ArgumentError
 
 # %% ../nbs/06c_thresholds.ipynb #e49b58e8
@@ -31,7 +31,7 @@ PROMISES = dict(
 # %% ../nbs/06c_thresholds.ipynb #4512e7d6
 @dataclass
 class Calibration:
-    "What scores are held against: those of good images, the thresholds that follow from them, and what these promise."
+    "Scores of good images, the thresholds that follow from them, and what these promise."
     scores:list[float]              # (n,) of good images, ascending
     peaks:list[float]|None=None     # (n,) the highest value of each one's map, in the order of `scores`; None: no maps
     promise:str|None=None           # a key of `PROMISES`; None: too few images for a threshold
@@ -41,7 +41,8 @@ class Calibration:
     def __len__(self): return len(self.scores)
     def __repr__(self):
         promise = self.promise or 'too few'
-        return f'Calibration of {len(self)} images, {promise}: threshold {self.threshold}, of maps {self.map_threshold}'
+        thresholds = f'threshold {self.threshold}, of maps {self.map_threshold}'
+        return f'Calibration of {len(self)} images, {promise}: {thresholds}'
 
     def p_values(self,
         scores, # (m,)
@@ -68,7 +69,7 @@ def best_promise(
     confidence:float|None, # that the true rate keeps it, in (0, 1); None: it does on average
     held_out:bool,         # unseen by the model; False: each scored with itself left out
 )->str|None: # a key of `PROMISES`; None: too few images for a threshold
-    "Find the best promise that n images allow, with a warning where it is less than was asked of held-out ones."
+    "Find the best promise that n images allow, and warn where held-out ones were meant to allow more."
     average = threshold_rank(n, alpha) > 0
     if not held_out: return 'approximate' if average else None
     if threshold_rank(n, alpha, confidence): return 'average' if confidence is None else 'confidence'
@@ -130,5 +131,5 @@ def read_calibration(
     return Calibration(scores.tolist(), peaks, promise, threshold, map_threshold)
 
 # %% ../nbs/06c_thresholds.ipynb #d5de37bf
-_all_ = ['conformal_threshold', 'images_needed', 'threshold_rank', 'naive_rank', 'rate_law', 'confidence_reached',
-         'expected_alarms', 'p_values', 'naive_p_values']
+_all_ = ['conformal_threshold', 'images_needed', 'threshold_rank', 'naive_rank', 'rate_law',
+         'confidence_reached', 'expected_alarms', 'p_values', 'naive_p_values']

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from patchcore_nb.core import ArgumentError, DataError, to_pil
-from patchcore_nb.data import Preprocess, Sample, batches, hold_out, load_category, make_miniature, read_mask, read_masks
+from patchcore_nb.data import Preprocess, batches, hold_out, load_category, make_miniature, read_mask, read_masks
 from patchcore_nb.evaluation import evaluate
 from patchcore_nb.patchcore import PatchCore
 

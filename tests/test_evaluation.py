@@ -12,10 +12,15 @@ from hypothesis.extra import numpy as hnp
 from scipy.integrate import trapezoid
 from sklearn import metrics
 
+from patchcore_nb import evaluation, intervals, pixels
+from patchcore_nb.auc import area, auroc, auroc_pairs, average_precision, counts, f1max, roc_curve
+from patchcore_nb.aupimo import aupimo_curves, aupimo_images
+from patchcore_nb.aupro import aupro, aupro_regions, pro_curve, region_weights
+from patchcore_nb.bins import bin_floor, centre_of, slack, to_bins
 from patchcore_nb.core import ArgumentError
-from patchcore_nb.evaluation import (area, aupimo_curves, aupimo_images, aupro, aupro_regions, auroc, auroc_pairs, average_precision,
-                                     counts, evaluate, f1max, no_pixel_metrics, pro_curve, region_weights, roc_curve, seg_f1)
-from patchcore_nb.pixels import Tally, bin_floor, by_kind, centre_of, pixel_rows, slack, to_bins
+from patchcore_nb.evaluation import evaluate, no_pixel_metrics, seg_f1
+from patchcore_nb.kinds import by_kind
+from patchcore_nb.pixels import Tally, pixel_rows
 
 FEW = st.integers(-3, 3).map(float)                               # full of ties
 ANY = st.floats(-1e6, 1e6, allow_nan=False)
@@ -243,7 +248,7 @@ def test_a_tally_does_not_see_how_images_are_cut_into_chunks():
     labels = masks.any((1, 2)) | (np.arange(24) < 2)                         # two defects that no mask shows
     whole, parts, wide = Tally().add(maps, masks, labels), Tally(), Tally()
     for i in range(0, 24, 5): parts.add(torch.from_numpy(maps[i:i+5]), torch.from_numpy(masks[i:i+5]), torch.from_numpy(labels[i:i+5]))
-    wide.add(maps[:9], masks[:9], labels[:9])._widen()                       # as from four billion pixels on
+    wide.add(maps[:9], masks[:9], labels[:9]).counted_.counters.widen()      # as from four billion pixels on
     wide.add(maps[9:], masks[9:], labels[9:])
     for o in (parts, wide):
         assert o.metrics() == whole.metrics() and o.bounds() == whole.bounds()
@@ -328,3 +333,22 @@ def test_image_auroc_of_the_reference(name):
     labels = np.load(golden/'predict_single.npz')['is_anomaly']
     got = np.load(golden/f'predict_{name}.npz')
     assert auroc(got['score'], labels) == pytest.approx(got['image_auroc'].item(), abs=1e-9)
+
+
+# Names
+
+OLD = {evaluation: ['pixel_figures', 'no_pixel_figures', 'auroc_pairs', 'add_sorted', 'aupro_regions', 'aupimo_curves', 'log_room', 'room_between'],
+       pixels: ['bin_floor'], intervals: ['is_figure', 'naive_figures', 'resampled_figures', 'areas', 'precision_areas', 'best_f1s']}
+
+@pytest.mark.parametrize(('module', 'name'), [(module, name) for module, names in OLD.items() for name in names])
+def test_old_names_are_found_with_a_warning(module, name):
+    with pytest.warns(DeprecationWarning, match=f'{name} is called'): assert getattr(module, name) is not None
+
+def test_a_tally_had_figures():
+    tally = Tally().add(np.eye(4)[None], np.eye(4)[None] > 0)
+    with pytest.warns(DeprecationWarning, match='is called metrics now'): assert tally.figures() == pytest.approx(tally.metrics(), nan_ok=True)
+
+def test_one_import_offers_what_it_always_did():
+    for name in ('auroc', 'average_precision', 'f1max', 'roc_curve', 'counts', 'curve', 'aupro', 'pro_curve', 'weigh_regions', 'aupimo_images', 'evaluate', 'seg_f1'): assert name in evaluation.__all__
+    for name in ('Tally', 'by_kind', 'pixel_rows', 'GOOD_KIND'): assert name in pixels.__all__
+    for name in ('bootstrap', 'compare', 'over_seeds', 'share_interval', 'auroc_interval', 'by_kind_of_rows', 'resamples'): assert name in intervals.__all__

@@ -8,9 +8,12 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
+from patchcore_nb.aupro import region_weights
+from patchcore_nb.closed_form import auroc_interval, auroc_variance, perfect_auroc_bound
 from patchcore_nb.core import ArgumentError
-from patchcore_nb.evaluation import evaluate, region_weights
-from patchcore_nb.intervals import auroc_interval, auroc_variance, bootstrap, compare, is_metric, naive_metrics, over_seeds, perfect_auroc_bound, resampled_metrics, resamples
+from patchcore_nb.evaluation import evaluate
+from patchcore_nb.intervals import bootstrap, compare, over_seeds
+from patchcore_nb.resampling import is_metric, naive_metrics, resampled_metrics, resamples
 
 BINS = 7
 
@@ -98,7 +101,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     found = [resampled_metrics(resamples(labels, 300, i), scores, labels)['image_auroc'] for i, (scores, labels) in enumerate(map(drawn, range(200)))]
     ends, values = np.array([np.quantile(o, [0.025, 0.975]) for o in found]), [evaluate(*drawn(i))['image_auroc'] for i in range(200)]
     assert 0.88 <= ((ends[:, 0] <= 0.85) & (0.85 <= ends[:, 1])).mean() <= 0.99
-    spread = np.std(values)                                       # how the figure varies over test sets, which the intervals estimate from one
+    spread = np.std(values)                                       # how the metric varies over test sets, which the intervals estimate from one
     assert (ends[:, 1]-ends[:, 0]).mean()/2/1.96 == pytest.approx(spread, rel=0.15)
     deviations = [auroc_variance(*drawn(i))**.5 for i in range(200)]
     assert np.mean(deviations) == pytest.approx(spread, rel=0.15)

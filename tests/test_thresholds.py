@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from patchcore_nb.thresholds import (PROMISES, calibrate, confidence_reached, conformal_threshold, expected_alarms, images_needed,
-                                     naive_p_values, naive_rank, p_values, rate_law, threshold_rank)
+from patchcore_nb.conformal import (confidence_reached, conformal_threshold, expected_alarms, images_needed,
+                                    naive_p_values, naive_rank, p_values, rate_law, threshold_rank)
+from patchcore_nb.thresholds import PROMISES, calibrate
 
 FEW = st.integers(-3, 3).map(float)                               # full of ties
 ANY = st.floats(-1e6, 1e6, allow_nan=False)
@@ -26,10 +27,10 @@ def tried(*args):
 
 @tried(st.lists(st.one_of(FEW, ANY), min_size=2, max_size=60), PERCENT)
 def test_the_average_rule_keeps_its_promise(scores, percent):
-    "Each score in turn as the next one: of n, at most floor(n alpha) ring, which is the proof."
+    "Each score in turn as the next one: of n, at most floor(n alpha) raise an alarm, which is the proof."
     n, alpha = len(scores), percent/100
-    rang = sum(s > conformal_threshold(scores[:i]+scores[i+1:], alpha) for i, s in enumerate(scores))
-    assert rang <= floor(n*Fraction(percent, 100))
+    alarms = sum(s > conformal_threshold(scores[:i]+scores[i+1:], alpha) for i, s in enumerate(scores))
+    assert alarms <= floor(n*Fraction(percent, 100))
 
 
 @pytest.mark.parametrize('percent', range(1, 100))
@@ -73,15 +74,15 @@ def test_more_confidence_takes_a_higher_threshold(scores, percent, one, two):
 
 
 @tried(SCORES, SCORES, PERCENT, SURE)
-def test_p_values_say_who_rings(scores, good, percent, sure):
+def test_p_values_say_who_raises_an_alarm(scores, good, percent, sure):
     p = p_values(scores, good)
     assert (p == naive_p_values(scores, good)).all() and (p >= 1/(len(good)+1)).all() and (p <= 1).all()
     order = np.argsort(scores)
     assert (np.diff(p[order]) <= 0).all()                         # a higher score is no likelier
-    rings = np.array(scores) > conformal_threshold(good, percent/100, sure)
+    alarms = np.array(scores) > conformal_threshold(good, percent/100, sure)
     rank = threshold_rank(len(good), percent/100, sure)
-    assert (rings == (p <= rank/(len(good)+1))).all()
-    if sure is None: assert (rings == (p <= percent/100)).all()
+    assert (alarms == (p <= rank/(len(good)+1))).all()
+    if sure is None: assert (alarms == (p <= percent/100)).all()
 
 
 @tried(SCORES, st.randoms(use_true_random=False))
@@ -157,7 +158,7 @@ def bottles(testdata)->tuple[np.ndarray, np.ndarray]: # (139,) in the order of t
 
 @pytest.mark.parametrize('sure', [None, 0.9])
 def test_alarms_on_real_images(bottles, sure):
-    """500 random splits of one pool of real scores: 80 calibrate, the other 58 may ring.
+    """500 random splits of one pool of real scores: 80 calibrate, the other 58 may raise a false alarm.
 
     The pool is finite and the splits share it, but nothing is lost by that. Without ties only ranks matter, and a random split gives every
     set of 80 ranks of 138 the same chance, whatever the scores are. With rank a from the top, x alarms mean that the a-th highest of the
@@ -186,7 +187,7 @@ def test_alarms_on_real_images(bottles, sure):
 
 
 def test_real_images_are_of_one_kind(bottles):
-    "What random splits cannot tell: the first 80 files calibrate, and the later ones and the test folder's good ones ring as foretold."
+    "What random splits cannot tell: the first 80 files calibrate, and the later ones and the test folder's good ones raise as many false alarms as foretold."
     train, test = bottles
     for further in (train[80:], test):
         for sure in (None, 0.9):

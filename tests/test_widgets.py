@@ -13,7 +13,7 @@ from PIL import Image
 
 from patchcore_nb import Category, PatchCore, load_category
 from patchcore_nb.board import counts_html, outcomes, roc_point, roc_svg, tally
-from patchcore_nb.explore import draw_seen, exhibit
+from patchcore_nb.explore import draw_seen
 from patchcore_nb.plots import plot_prediction
 from patchcore_nb.reasons import explain, layer_parts, layer_spans, patch_at
 
