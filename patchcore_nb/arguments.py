@@ -164,6 +164,7 @@ def compute_arguments(
 )->dict: # arguments of `PatchCore`
     "Name the flags that change nothing but time and memory as `PatchCore` does."
     gpu, *_ = group['gpu']
+    if gpu < -1: raise click.UsageError(f'--gpu must be -1 (CPU) or the index of a device, got {gpu}: pass 0 for the first')
     workers = core['faiss_num_workers']
     device = search_device_of(core['faiss_on_gpu'], gpu)
     threads = workers and threads_at_most(workers)

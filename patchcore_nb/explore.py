@@ -247,6 +247,6 @@ def to_bytes(
     return file.getvalue()
 
 # %% ../nbs/10a_explore.ipynb #e65139db
-MOVED = ['LAYER_COLOURS', 'patch_at', 'layer_spans', 'layer_parts', 'embedded', 'explain', 'close_up', 'parts_html',
-         'explain_html']
+MOVED = ['LAYER_COLOURS', 'patch_at', 'layer_spans', 'layer_parts', 'embedded', 'explain', 'close_up',
+         'parts_html', 'explain_html']
 __getattr__ = renamed(__name__, **{o: f'reasons.{o}' for o in MOVED})

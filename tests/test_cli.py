@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from patchcore_nb import PatchCore, build, core, experiment, store
+from patchcore_nb import PatchCore, build, core, experiment, results, scorer, store
 from patchcore_nb.cli import main
 from patchcore_nb.data import make_miniature
 
@@ -151,9 +151,9 @@ sampler -p 0.1 approx_greedy_coreset dataset --resize 256 --imagesize 224 -d cab
 @pytest.mark.parametrize('path', ['DATA', 'F:/data/mvtec_anomaly_detection', r'F:\data\mvtec_anomaly_detection', '/data/mvtec anomaly'])
 def test_the_seed_command_parses_to_the_letter(call, path, monkeypatch, tmp_path):
     "With a small stand-in for the download it gets as far as the data, which is not there."
-    import patchcore_nb.patchcore as pc
+    from patchcore_nb import embedder
     built = []
-    monkeypatch.setattr(pc, 'create_backbone', lambda name, *a, real=pc.create_backbone, **kw: built.append(name) or real('resnet18', 'random'))
+    monkeypatch.setattr(embedder, 'create_backbone', lambda name, *a, real=embedder.create_backbone, **kw: built.append(name) or real('resnet18', 'random'))
     refused(call(args=[*SEED_COMMAND, path]), 1, str(Path(path)), 'is not there')
     assert built == ['wideresnet50'] and not (tmp_path/'results').exists()
 
@@ -229,7 +229,7 @@ def test_samplers(call, tmp_path, sampler, size): assert len(scores(tmp_path, ca
 
 def test_threads_and_devices_of_the_search(call, monkeypatch):
     seen = []
-    monkeypatch.setattr(torch, 'set_num_threads', lambda n, real=torch.set_num_threads: seen.append(n) or real(n))
+    monkeypatch.setattr(scorer, 'limit_threads', lambda n, real=scorer.limit_threads: seen.append(n) or real(n))
     assert call(core=f'{CORE} --faiss_num_workers 1')[0] == 0 and 1 in seen
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
         _, lines, _ = call(core=f'{CORE} --faiss_on_gpu')
@@ -267,7 +267,7 @@ def test_false_alarms_of_good_images_alone_have_an_interval(call, tmp_path):
     assert code == 0 and table.value['false_alarms'] == 0 and 0 == table.low['false_alarms'] < table.high['false_alarms'] < 1
 
 def test_categories_and_kinds_keep_their_names_and_digits_in_tables(tmp_path):
-    for key in ('b', '01'): experiment._add_rows(tmp_path/'kinds.csv', key, pd.DataFrame(dict(aupro=[.1+.2, np.nan]), ['007', 'none']))
+    for key in ('b', '01'): results.add_rows(tmp_path/'kinds.csv', key, pd.DataFrame(dict(aupro=[.1+.2, np.nan]), ['007', 'none']))
     found = pd.read_csv(tmp_path/'kinds.csv', dtype=str, keep_default_na=False)
     assert found.values.tolist() == [[k, *row] for k in ('b', '01') for row in (['007', '0.30000000000000004'], ['none', ''])]
 
@@ -481,7 +481,7 @@ def backbone(): return FilterBank()
 def plugin(tmp_path, monkeypatch):
     "An installed package that promises one of each kind by entry points, after the command line was imported."
     from patchcore_nb import names
-    tables = dict(samplers='SAMPLERS', patch_scores='PATCH_SCORES', distances='DISTANCES', searches='SEARCHES', datasets='DATASETS', backbones='BACKBONES')
+    tables = names.SAMPLERS, names.PATCH_SCORES, names.DISTANCES, names.SEARCHES, names.DATASETS, names.BACKBONES
     what = dict(samplers='sampler', patch_scores='patch_score', distances='distance', searches='Search', datasets='dataset', backbones='backbone')
     meta = tmp_path/'site'/'our_parts-1.0.dist-info'
     meta.mkdir(parents=True)
@@ -490,12 +490,10 @@ def plugin(tmp_path, monkeypatch):
     (meta/'entry_points.txt').write_text('\n'.join(promised), encoding='utf-8')
     (tmp_path/'site'/'our_parts.py').write_text(PLUGIN, encoding='utf-8')
     monkeypatch.syspath_prepend(str(tmp_path/'site'))
-    before = {o: dict(getattr(names, o).found) for o in tables.values()}
     yield
     sys.modules.pop('our_parts', None)
-    for o, found in before.items():
-        getattr(names, o).found.clear()
-        getattr(names, o).found.update(found)
+    for table in tables: # what this package has is registered once, and stays
+        for name in [o for o in table.found if o.startswith('our_')]: del table[name]
 
 OURS = '--patchscore our_patch_score --distance our_distance --search our_search'
 

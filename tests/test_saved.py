@@ -333,7 +333,7 @@ def test_members_in_the_references_format(call, tmp_path):
 def test_the_threshold_of_an_ensemble_is_saved(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (44, 64, 64, 3), np.uint8)
     kw = dict(weights='random', train_val_split=.5, target_dim=32, resize=64, imagesize=64, device='cpu')
-    pair = Ensemble(PatchCore('resnet18', ['layer2'], **kw), PatchCore('resnet18', ['layer3'], **kw)).fit(images)
+    pair = Ensemble([PatchCore('resnet18', ['layer2'], **kw), PatchCore('resnet18', ['layer3'], **kw)]).fit(images)
     again = store.load(store.save(pair, tmp_path/'m', 'ours'), device='cpu')
     assert again.threshold_ == pair.threshold_ > 0 and pair.predict(images[:3]).normalised_over_set().verdicts is None
     assert again.calibration_ == pair.calibration_ and len(again.calibration_) == 22 and again.calibration_.promise == 'average'
