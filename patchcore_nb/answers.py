@@ -30,9 +30,13 @@ def flags_of(
 )->dict[str,click.Option]: # argument of the library -> option that sets it
     "Find the option for each argument of the library."
     parts = getattr(command, 'commands', {})
-    used = [o for name, o in parts.items() if name in typed] or list(parts.values())
-    options = [o for part in (command, *used) for o in part.params if isinstance(o, click.Option)]
-    return {ARGUMENTS.get(o.name, o.name): o for o in options if o.name not in UNLIKE}
+    used = [o for name, o in parts.items() if name in typed]
+    found = {}
+    for part in (command, *(used or parts.values())):
+        for o in part.params:
+            is_option = isinstance(o, click.Option) and o.name not in UNLIKE
+            if is_option: found[ARGUMENTS.get(o.name, o.name)] = o
+    return found
 
 def spelling(
     option:click.Option, # any
@@ -54,8 +58,8 @@ def typed_value(
     if value == 'None':
         word = NONE.get(argument, 'none')
         return word if word.startswith('-') else f'{flag} {word}'
-    items = [o.strip(' \'"') for o in value.strip('()[]').split(',')]
-    items = [o for o in items if o]
+    inside = value.strip('()[]').split(',')
+    items = [o.strip(' \'"') for o in inside if o.strip()]
     if option.multiple: return ' '.join(f'{flag} {o}' for o in items)
     if argument == 'device' and items == ['cpu']: return f'{flag} -1'
     return f"{flag} {'x'.join(items)}"
@@ -68,8 +72,13 @@ VALUE = r'\([^()]*\)|\[[^\[\]]*\]|\'[^\']*\'|[^\s,;:()`]*[^\s,;:()`.]' # as Pyth
 RULE = r'(?= (?:must|may|cannot|needs)\b| =? ?-?\d)' # comes after a name that begins a clause
 CHANGE = r'\b(?:smaller|larger|lower|higher|greater|another|other|different|pass|set|raise|reduce|increase|change|leave) '
 ABOUT = r'(?! (?:of|that|for|from|with)\b)' # "another search of" is no argument
-PLACES = [('^|[:;,] ', RULE), (r'\bthan ', r'(?= \d)'), (r'\(', r'(?=\))'), (CHANGE, ENDS+ABOUT),
-          (r'(?<!\w)--?\w+ (?:or|and) ', ENDS), (STARTS, r'(?= (?:or|and) --?\w)')] # before, after
+PLACES = { # what stands before a name -> what comes after it
+    '^|[:;,] ': RULE,
+    r'\bthan ': r'(?= \d)',
+    r'\(': r'(?=\))',
+    CHANGE: ENDS+ABOUT,
+    r'(?<!\w)--?\w+ (?:or|and) ': ENDS,
+    STARTS: r'(?= (?:or|and) --?\w)'}
 
 def is_clear(
     argument:str, # of the library
@@ -85,11 +94,12 @@ def as_flags(
     if not flags: return text
     every = '|'.join(sorted(flags, key=len, reverse=True))
     clear = '|'.join(filter(is_clear, flags)) or '(?!)' # which is never found
+    def typed(m): return typed_value(m[1], flags[m[1]], m[2])
     def flag(m): return m[1]+spelling(flags[m[2]])
-    text = re.sub(f'{QUOTED}({every})=({VALUE})`?', lambda m: typed_value(m[1], flags[m[1]], m[2]), text)
-    text = re.sub(f'()`({every})`', flag, text)
-    text = re.sub(f'({STARTS})({clear}){ENDS}', flag, text)
-    for before, after in PLACES: text = re.sub(f'({before})({every}){after}', flag, text)
+    text = re.sub(f'{QUOTED}({every})=({VALUE})`?', typed, text)
+    sure = [f'()`({every})`', f'({STARTS})({clear}){ENDS}']
+    for place in (*sure, *(f'({before})({every}){after}' for before, after in PLACES.items())):
+        text = re.sub(place, flag, text)
     return text
 
 # %% ../nbs/12_answers.ipynb #99998d1d
@@ -138,7 +148,8 @@ def complain(
     flags:dict[str,click.Option]|None=None, # as `flags_of` finds them
 )->int: # 2 for usage, 1 for all else
     "Print one line for an error; its exit status."
-    print('error:', ' '.join(message(e, flags or {}).split()), file=sys.stderr)
+    words = message(e, flags or {}).split()
+    print('error:', *words, file=sys.stderr)
     return 2 if isinstance(e, (click.UsageError, ArgumentError)) else 1
 
 # %% ../nbs/12_answers.ipynb #75d3e987
@@ -153,7 +164,8 @@ def status_of(
     interrupted:str,       # what to say to Ctrl-C
 )->int: # exit status
     "Run a command, with one line for an error."
-    try: status = command.main(list(typed), prog_name=name, standalone_mode=False, obj=dict(command=shlex.join([name, *typed])))
+    said = shlex.join([name, *typed])
+    try: status = command.main(list(typed), prog_name=name, standalone_mode=False, obj=dict(command=said))
     except (KeyboardInterrupt, click.Abort):
         print(interrupted, file=sys.stderr)
         return 130
@@ -171,6 +183,7 @@ def speak(
     "Run a command: one line for an error, and leave with a status."
     show = warnings.showwarning
     warnings.showwarning = print_warning
-    try: status = status_of(command, name, sys.argv[1:] if args is None else args, interrupted)
+    typed = sys.argv[1:] if args is None else args
+    try: status = status_of(command, name, typed, interrupted)
     finally: warnings.showwarning = show
     sys.exit(status)

@@ -26,7 +26,8 @@ def stride_of(
     patchoverlap:float|None,  # in [0, 1); None: not given
 )->int: # in cells, at least 1
     "Work out the step from one patch to the next."
-    return 1 if patchoverlap is None else max(1, round(patchsize*(1-patchoverlap)))
+    if patchoverlap is None: return 1
+    return max(1, round(patchsize*(1-patchoverlap)))
 
 APART = {'backbone_names', 'layers_to_extract_from', 'faiss_on_gpu', 'faiss_num_workers', 'weights_dir', 'given'} # flags of patch_core that other functions see to
 
@@ -34,7 +35,8 @@ def core_arguments(
     core:dict, # flags of patch_core
 )->dict: # arguments of `PatchCore`
     "Name the flags of patch_core as `PatchCore` does."
-    args = {ARGUMENTS.get(k, k): v for k, v in core.items() if k not in APART}
+    own = [o for o in core if o not in APART]
+    args = {ARGUMENTS.get(o, o): core[o] for o in own}
     stride = stride_of(core['patchsize'], core['patchoverlap'])
     return args | dict(stride=stride, k=core['anomaly_scorer_num_nn'] or 1)
 
@@ -68,7 +70,8 @@ def of_preset(
     given:set[str], # as `given_arguments` finds them
 )->dict: # arguments of `PatchCore`
     "Take those arguments of a preset that no flag gives."
-    return {k: v for k, v in PRESETS.get(name, {}).items() if k not in given}
+    args = PRESETS.get(name, {})
+    return {k: args[k] for k in args if k not in given}
 
 # %% ../nbs/12_arguments.ipynb #4627b66c
 def check_crop(
@@ -82,7 +85,8 @@ def check_sampler(
     sampler:dict, # of sampler
 ):
     "Refuse the sampler of a preset where there is no preset."
-    if sampler['name'] == 'preset' and not group['preset']: raise click.UsageError(f"the sampler preset goes with --preset: pass {' or '.join(PRESETS)} there, or name a sampler: {', '.join(SAMPLERS)}")
+    is_lost = sampler['name'] == 'preset' and not group['preset']
+    if is_lost: raise click.UsageError(f"the sampler preset goes with --preset: pass {' or '.join(PRESETS)} there, or name a sampler: {', '.join(SAMPLERS)}")
 
 def check_confidence(
     core:dict, # flags of patch_core
@@ -96,8 +100,8 @@ def check_arguments(
     given:set[str], # as `given_arguments` finds them
 ):
     "Refuse or tell of arguments that the others leave nothing to do."
-    keeps_all = args['sampler'] == 'identity' and 'ratio' in given and args['ratio'] < 1
-    if keeps_all: warnings.warn(f"the sampler identity keeps all patches, as the reference's does: -p {args['ratio']:g} changes nothing")
+    is_smaller = 'ratio' in given and args['ratio'] < 1
+    if is_smaller and args['sampler'] == 'identity': warnings.warn(f"the sampler identity keeps all patches, as the reference's does: -p {args['ratio']:g} changes nothing")
     if 'reweight_k' in given and args['patch_score'] != 'reweighted': raise click.UsageError('--reweighting_num_nn is for --patchscore reweighted: pass both or neither')
 
 def check_weights(
@@ -160,9 +164,12 @@ def compute_arguments(
     "Name the flags that change nothing but time and memory as `PatchCore` does."
     gpu, *_ = group['gpu']
     workers = core['faiss_num_workers']
-    how = dict(device=gpu, search_device=search_device_of(core['faiss_on_gpu'], gpu), search_threads=workers and threads_at_most(workers))
+    device = search_device_of(core['faiss_on_gpu'], gpu)
+    threads = workers and threads_at_most(workers)
+    readers = threads_at_most(data['num_workers'])
+    search = dict(search_device=device, search_threads=threads)
     files = dict(weights_dir=core['weights_dir'], cache=group['cache'])
-    return how | files | dict(batch_size=data['batch_size'], num_workers=threads_at_most(data['num_workers']), show=True)
+    return dict(device=gpu, batch_size=data['batch_size'], num_workers=readers, show=True) | search | files
 
 # %% ../nbs/12_arguments.ipynb #a32ac7ad
 def model_arguments(
@@ -180,14 +187,15 @@ def model_arguments(
     args |= of_preset(group['preset'], given)
     check_arguments(args, given)
     seed, *_ = group['seed']
-    return args | compute_arguments(group, core, data) | dict(seed=seed, memory_budget=group['memory_budget'])
+    more = dict(seed=seed, memory_budget=group['memory_budget'])
+    return args | compute_arguments(group, core, data) | more
 
 def make_model(
     group:dict,   # flags of the command itself
     core:dict,    # of patch_core
     sampler:dict, # of sampler
     data:dict,    # of dataset
-)->object: # a PatchCore, or an Ensemble of several backbones; not fitted
+)->'PatchCore|Ensemble': # not fitted; an ensemble of several backbones
     "Make the model that the flags describe."
     from patchcore_nb.budget import parse_size
     from patchcore_nb.ensemble import Ensemble
@@ -198,7 +206,7 @@ def make_model(
     parse_size(group['memory_budget']) # which says what is wrong with it
     args = model_arguments(group, core, sampler, data)
     layers = layers_of(names, core['layers_to_extract_from'])
-    models = [PatchCore(backbone=o, layers=own, **args) for o, own in zip(names, layers)]
+    models = [PatchCore(*o, **args) for o in zip(names, layers)]
     return Ensemble(models) if len(models) > 1 else models[0]
 
 # %% ../nbs/12_arguments.ipynb #da8093f5
@@ -206,8 +214,9 @@ def dataset_arguments(
     data:dict, # flags of dataset
 )->dict: # options of the dataset's own
     "Take the options that only some datasets have; refuse those that this one has not, and a category that is named twice."
-    from patchcore_nb.data import check_options
-    options = {o: data[o] for o in ('normal', 'abnormal', 'masks', 'test_normal') if data[o] is not None}
+    from patchcore_nb.categories import check_options
+    own = 'normal', 'abnormal', 'masks', 'test_normal'
+    options = {o: data[o] for o in own if data[o] is not None}
     check_options(data['name'], options)
     if len(set(data['subdatasets'])) < len(data['subdatasets']): raise click.UsageError('a category is named twice with -d: name each one once')
     return options
@@ -216,22 +225,24 @@ def find_categories(
     seed:int,   # of how a dataset without a split of its own is split
     data:dict,  # flags of dataset
     need_train:bool=True, # must there be images to learn from?
-)->list: # of `Category`
+)->'list[Category]':
     "Find the categories that the flags name."
-    from patchcore_nb.data import load_category
+    from patchcore_nb.categories import load_category
     options = dataset_arguments(data) | dict(seed=seed, need_train=need_train)
-    try: return [load_category(data['name'], data['data_path'], d, **options) for d in data['subdatasets']]
+    find = partial(load_category, data['name'], data['data_path'], **options)
+    try: return list(map(find, data['subdatasets']))
     except OSError as e: raise DataError(f"{data['data_path']} cannot be read ({e.strerror}): check the path and its permissions") from None
 
 # %% ../nbs/12_arguments.ipynb #39a67bb3
 def sizes_for(
     data:dict,           # flags of dataset
-    category, # a `Category`, whose first image tells its shape, where nothing is cut
+    category:'Category', # whose first image tells its shape, where nothing is cut
 )->dict: # arguments of `load`
     "Say which image size the flags ask of a saved model; empty, if they ask for none."
     from patchcore_nb.data import image_size
     check_crop(data)
-    given = {k: data[k] for k in ('resize', 'imagesize') if k in data['given']}
+    names = data['given'] & {'resize', 'imagesize'}
+    given = {o: data[o] for o in names}
     if not data['no_crop']: return given
     first, *_ = category.train or category.test
     return given | dict(imagesize='whole', shape=image_size(first.path))
@@ -247,12 +258,13 @@ def saved_models(
     group:dict,  # flags of the command itself
     loader:dict, # of patch_core_loader
     data:dict,   # of dataset
-    categories:Sequence, # of `Category`, as `find_categories` finds them
+    categories:'Sequence[Category]', # as `find_categories` finds them
 )->list[Callable]: # functions that load one model each
     "Make what `judge_saved` takes."
     from patchcore_nb.store import load
     paths = loader['patch_core_paths']
     if len(paths) == 1 and data['no_crop']: paths = paths*len(categories)
     sizes = [sizes_for(data, o) if o.train or o.test else {} for o in categories]
-    how = compute_arguments(group, loader, data)
-    return [partial(load, o, **how, **size) for o, size in zip(paths, sizes*len(paths))]
+    ready = partial(load, **compute_arguments(group, loader, data))
+    pairs = zip(paths, sizes*len(paths))
+    return [partial(ready, path, **size) for path, size in pairs]

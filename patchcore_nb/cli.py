@@ -63,8 +63,11 @@ def with_deviation(
     name:str,              # of a metric
 )->list[str]: # a text per category
     "Write a metric with its deviation over seeds."
-    pairs = zip(report[name], report[f'{name}_std'])
-    return ['-' if mean != mean else f'{mean:.4f} ± {deviation:.4f}' for mean, deviation in pairs] # a NaN is not itself
+    texts = []
+    for mean, deviation in zip(report[name], report[f'{name}_std']):
+        is_known = mean == mean # a NaN is not itself
+        texts.append(f'{mean:.4f} ± {deviation:.4f}' if is_known else '-')
+    return texts
 
 def is_over_seeds(
     report, # a table, of a `Run`
@@ -77,10 +80,11 @@ def results_table(
 )->'pd.DataFrame': # a row per category
     "Take what a person wants to see of a report."
     import pandas as pd
-    from patchcore_nb.experiment import REFERENCE_COLUMNS
+    from patchcore_nb.results import REFERENCE_COLUMNS
     names = [o for o in COLUMNS if o in report or o in REFERENCE_COLUMNS]
     if not is_over_seeds(report): return report.reindex(columns=names).rename(columns=COLUMNS)
-    texts = {o: with_deviation(report, o) for o in names if f'{o}_std' in report}
+    several = [o for o in names if f'{o}_std' in report]
+    texts = {o: with_deviation(report, o) for o in several}
     return pd.DataFrame(texts, report.index).rename(columns=COLUMNS)
 
 # %% ../nbs/12_cli.ipynb #b0c8abc0
@@ -104,7 +108,8 @@ def recall_said(
     if 'search_recall' not in done.report: return ''
     names = ', '.join(done.searches) or search
     how = 'on average over seeds' if is_over_seeds(done.report) else 'or more'
-    return f'search:   {names} finds {done.report["search_recall"].min():.4%} of the nearest neighbours {how}'
+    least = done.report['search_recall'].min()
+    return f'search:   {names} finds {least:.4%} of the nearest neighbours {how}'
 
 def show_run(
     done, # a `Run`, as `run` returns it
@@ -140,7 +145,7 @@ def check_seeds(
     backbones:Sequence[str], # their names, which may hold seeds
 ):
     "Refuse a seed that is given twice, and tell if the seeds change little."
-    from patchcore_nb.extractor import split_seed
+    from patchcore_nb.build import split_seed
     if len(set(seeds)) < len(seeds): raise click.UsageError('a seed is given twice with --seed: give each one once')
     own = [split_seed(o)[1] for o in backbones]
     if len(seeds) > 1 and None not in own: warnings.warn('each backbone has a seed in its name, which beats --seed: the runs differ at most in how images are split')
@@ -153,8 +158,9 @@ def find_held_out(
     "Find the categories that the flags name, with a word if --confidence has nothing to speak of."
     found = find_categories(seed, data)
     is_asked = 'confidence' in core['given'] and core['confidence']
-    is_held_out = data['train_val_split'] < 1 or any(o.calibration for o in found)
-    if is_asked and not is_held_out: warnings.warn('--confidence is for images that are held out, and there are none: the threshold is an estimate without one; pass --train_val_split 0.8')
+    is_split = data['train_val_split'] != 1
+    has_more = any(o.calibration for o in found)
+    if is_asked and not (is_split or has_more): warnings.warn('--confidence is for images that are held out, and there are none: the threshold is an estimate without one; pass --train_val_split 0.8')
     return found
 
 # %% ../nbs/12_cli.ipynb #7efe86ea
@@ -170,6 +176,7 @@ def checked_model(
     dataset_arguments(data)
     return make_model(group, core, sampler, data).check()
 
+# %% ../nbs/12_cli.ipynb #0e6af9cb
 def fit_and_judge(
     flags:dict, # part of the command line -> its flags
     group:dict, # flags of the command itself, which is running
@@ -183,7 +190,8 @@ def fit_and_judge(
     outputs = output_arguments(group)
     find = partial(find_held_out, core, data)
     first, *others = group['seed']
-    done = run_seeds(model, find, group['seed'], *where, **outputs) if others else run(model, find(first), *where, **outputs)
+    if others: done = run_seeds(model, find, group['seed'], *where, **outputs)
+    else: done = run(model, find(first), *where, **outputs)
     click.echo(show_run(done, group, core['search']))
 
 # %% ../nbs/12_cli.ipynb #ac07e6f4
@@ -194,7 +202,8 @@ def judge_models(
     group:dict, # flags of the command itself, which is running
 ):
     "Judge saved models in a folder of their own, like a run, and show the results."
-    from patchcore_nb.experiment import judge_saved, run_folder
+    from patchcore_nb.experiment import judge_saved
+    from patchcore_nb.results import run_folder
     loader, data = flags['patch_core_loader'], flags['dataset']
     refuse(group, ONLY_FITTING, 'is for fitting, and saved models are fitted')
     if len(group['seed']) > 1: raise click.UsageError('several --seed are for fitting, and saved models are fitted: give one')

@@ -25,23 +25,26 @@ class LabellerParts:
     ):
         hint = 'g: good, d: defective, left and right: the images before and after, Backspace: take the verdict back'
         self.picture = Picture(hint=hint, listens=KEYS)
-        self.at = W.IntSlider(next_open(verdicts) or 0, 0, len(verdicts)-1, description='image', **wide())
+        first, last = next_open(verdicts) or 0, len(verdicts)-1
+        self.at = W.IntSlider(first, 0, last, description='image', **wide())
         self.kind = W.Combobox(value='defect', options=[], ensure_option=False, description='kind', **wide())
         self.good = button('good (g)', lambda: self.mark('good'), 120, 'success')
         self.bad = button('defective (d)', lambda: self.mark(self.kind.value), 120, 'danger')
         self.back = button('take back', lambda: self.mark(None), 120)
         self.next = button('next open', self.forward, 120)
-        self.title, self.said, self.error = W.HTML(), W.HTML(), W.HTML()
+        self.title, self.said, self.error = texts(3)
 
 def photograph(
     path:Path, # of an image
     side:int,  # the longer one of the picture, in pixels
 )->tuple[Image.Image,str]: # RGB, white if it cannot be read; what is wrong, or nothing
     "Read an image to be looked at."
-    try: im, wrong = read_image(path), ''
-    except PatchCoreError as e: return Image.new('RGB', (side, side//2), 'white'), ERROR.format(first_line(e))
-    size = [max(1, round(o*side/max(im.size))) for o in im.size]
-    return im.resize(size, Image.Resampling.BICUBIC), wrong
+    white = Image.new('RGB', (side, side//2), 'white')
+    try: im = read_image(path)
+    except PatchCoreError as e: return white, ERROR.format(first_line(e))
+    zoom = side/max(im.size)
+    size = [max(1, round(o*zoom)) for o in im.size]
+    return im.resize(size, Image.Resampling.BICUBIC), ''
 
 # %% ../nbs/11_marking.ipynb #d00d59af
 class Labeller(LabellerParts):
@@ -65,7 +68,8 @@ class Labeller(LabellerParts):
 
     def step(self, by:int):
         "Go on, or back, by some images."
-        self.at.value = min(max(0, self.at.value+by), self.at.max)
+        place = self.at.value+by
+        self.at.value = min(max(0, place), self.at.max)
 
     def mark(self, kind:str|None):
         "Write a verdict down, and go on to the next image without one."
@@ -100,5 +104,6 @@ def labeller(
     "Mark good and defective images, and keep the verdicts in a table."
     table = Path(folder)/'verdicts.csv' if path is None else path
     b = Labeller(open_verdicts(folder, table, category), side)
-    controls = W.VBox([b.title, W.HBox([b.good, b.bad]), b.kind, W.HBox([b.back, b.next]), b.at, b.error, b.said])
+    said, moved = W.HBox([b.good, b.bad]), W.HBox([b.back, b.next])
+    controls = W.VBox([b.title, said, b.kind, moved, b.at, b.error, b.said])
     return Instrument('labeller', [side_by_side(b.picture, controls)], b)

@@ -27,9 +27,11 @@ def picture_folders(
     categories:'Sequence[Category]',
 )->Callable: # category -> folder of its pictures
     "Say where pictures go: all into one folder, unless two categories would write the same one."
-    from patchcore_nb.experiment import picture_name
-    names = [{picture_name(o.path).lower() for o in c.test} for c in categories]
-    is_unlike = sum(map(len, names)) == len(set().union(*names))
+    from patchcore_nb.results import picture_name
+    def names_of(category): return {picture_name(o.path).lower() for o in category.test}
+    names = list(map(names_of, categories))
+    every = set().union(*names)
+    is_unlike = sum(map(len, names)) == len(every)
     return (lambda o: folder) if is_unlike else (lambda o: folder/o.key)
 
 # %% ../nbs/12a_saved.ipynb #f03ff213
@@ -73,9 +75,10 @@ def colour_scale(
     model, # a PatchCore or an Ensemble, fitted
 )->tuple[float,float]: # values of the darkest and of the lightest colour
     "Make a scale of colours that depends on the model alone."
-    from patchcore_nb.ensemble import Ensemble, bank_unit
-    if isinstance(model, Ensemble): return .5, 2. # its maps are in units already
-    if len(model.memory_bank_) < 2: raise ArgumentError('a memory bank of one patch has no scale of its own to colour a map by: pass --maps tiff, or keep more patches (-p) and fit again')
+    from patchcore_nb.ensemble import bank_unit
+    is_single = model.members[0] is model
+    if not is_single: return .5, 2. # an ensemble's maps are in units already
+    if len(model.memory_bank_) < 2: raise ArgumentError('a memory bank of one patch has no scale of its own to colour a map by: pass --maps tiff, or fit again with a larger ratio')
     unit = bank_unit(model.memory_bank_, model.distance)
     return .5*unit, 2*unit
 
@@ -96,7 +99,8 @@ def names_for(
     names, times = [], {} # times: name in lower case -> how often it has been met again
     for path in items:
         stem = Path(path).stem
-        n = times[stem.lower()] = times.get(stem.lower(), -1)+1
+        key = stem.lower()
+        n = times[key] = times.get(key, -1)+1
         name = free_name(stem, n, times) if n else stem
         times.setdefault(name.lower(), 0)
         names.append(name)
@@ -117,7 +121,8 @@ def identity_of(
 ): # equal for equal files
     "Identify a file, whatever path leads to it."
     s = os.stat(path)
-    return (s.st_dev, s.st_ino) if s.st_ino else os.path.normcase(Path(path).resolve())
+    if s.st_ino: return s.st_dev, s.st_ino
+    return os.path.normcase(Path(path).resolve())
 
 def check_written(
     items:Sequence,  # paths of images
@@ -126,11 +131,12 @@ def check_written(
     more:Sequence[Path]=(), # further files that will be written
 ):
     "Refuse to overwrite what is to be read."
-    files = [f'{name}.{ending}' for name in names_for(items) for ending in endings_of(maps)]
-    written = [*more, *(Path(folder)/'maps'/o for o in files)]
-    inputs = set(map(identity_of, items))
-    lost = next((o for o in written if o.exists() and identity_of(o) in inputs), None)
-    if lost: raise ArgumentError(f'{lost} is one of the images, and would be overwritten: choose another folder with --output')
+    written, inputs = list(more), set(map(identity_of, items))
+    for name in names_for(items):
+        written += [Path(folder)/'maps'/f'{name}.{o}' for o in endings_of(maps)]
+    for o in written:
+        is_lost = o.exists() and identity_of(o) in inputs
+        if is_lost: raise ArgumentError(f'{o} is one of the images, and would be overwritten: choose another folder with --output')
 
 # %% ../nbs/12a_saved.ipynb #8fa75035
 def map_picture(
@@ -189,9 +195,10 @@ def predict_files(
     scale = colour_scale(model) if 'png' in endings_of(maps) else (0., 1.)
     for first in range(0, len(items), CHUNK):
         prediction = model.predict(items[first:first+CHUNK])
-        for i in range(len(prediction)):
-            written = write_map(prediction, i, names[first+i], folder/'maps', maps, scale)
-            yield verdict_row(prediction, i) | dict(maps=[o.relative_to(folder).as_posix() for o in written])
+        for i, name in enumerate(names[first:first+CHUNK]):
+            written = write_map(prediction, i, name, folder/'maps', maps, scale)
+            places = [o.relative_to(folder).as_posix() for o in written]
+            yield verdict_row(prediction, i) | dict(maps=places)
 
 # %% ../nbs/12a_saved.ipynb #ebf7aecc
 FORMATS = 'csv', 'json', 'both'
@@ -214,7 +221,8 @@ def write_json(
 ):
     "Write the rows, and the threshold that the verdicts stand on."
     from patchcore_nb.core import replacing
-    head = {o: calibration and getattr(calibration, o) for o in ('threshold', 'map_threshold', 'promise')}
+    known = 'threshold', 'map_threshold', 'promise'
+    head = {o: calibration and getattr(calibration, o) for o in known}
     text = json.dumps(head | dict(images=rows), indent=1, ensure_ascii=False)
     with replacing(path) as temp: temp.write_text(text+'\n', encoding='utf-8')
 
@@ -227,7 +235,8 @@ def write_predictions(
     "Write scores.csv and scores.json."
     from patchcore_nb.core import make_folder
     folder = make_folder(folder)
-    written = [folder/f'scores.{o}' for o in ('csv', 'json') if kind in (o, 'both')]
+    endings = ('csv', 'json') if kind == 'both' else (kind,)
+    written = [folder/f'scores.{o}' for o in endings]
     for path in written:
         if path.suffix == '.csv': write_csv(rows, path)
         else: write_json(rows, path, calibration)
@@ -239,7 +248,7 @@ def find_images(
 )->list: # paths
     "Find all images, and look at the head of each file before the work begins."
     from patchcore_nb.data import image_size
-    from patchcore_nb.patchcore import as_items
+    from patchcore_nb.items import as_items
     items = [o for place in places for o in as_items(place)]
     for o in items: image_size(o) # which says what is wrong
     return items
@@ -250,8 +259,12 @@ def summary(
     written:Sequence[Path], # files and folders
 )->str: # a line
     "Tell how many images were scored, and where the answers are."
-    bad = '' if threshold is None else f', {sum(o["anomalous"] for o in rows)} called anomalous (above {threshold:.4g})'
-    return f'{len(rows)} images{bad}: {", ".join(map(str, written))}'
+    said = f'{len(rows)} images'
+    if threshold is not None:
+        bad = sum(o['anomalous'] for o in rows)
+        said += f', {bad} called anomalous (above {threshold:.4g})'
+    places = ', '.join(map(str, written))
+    return f'{said}: {places}'
 
 # %% ../nbs/12a_saved.ipynb #b9104c2f
 @click.command(context_settings=HELP)

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import ipywidgets as W
 import numpy as np
 
+from .board import element, groups_svg
 from .controls import *
 from .core import *
 from .data import Category
-from .explore import draw_seen, exhibit, groups_svg
+from .explore import draw_seen, exhibit
 from .names import PATCH_SCORES
 from .patchcore import PatchCore
 from .playground import *
@@ -26,10 +27,11 @@ class Sizes:
         every:EverySize, # as `nested` returns it
     ):
         self.every = every
-        options = [(f'{100*r:.3g}%', i) for i, r in enumerate(every.ratios)]
-        self.ratio = W.SelectionSlider(options=options, value=len(options)-1, description='ratio', layout=W.Layout(width='420px'), style=dict(description_width='80px'))
+        names = [f'{100*r:.3g}%' for r in every.ratios]
+        options = list(zip(names, range(len(names))))
+        self.ratio = W.SelectionSlider(options=options, value=len(names)-1, description='ratio', **wide())
         self.picture = Picture()
-        self.said, self.radius, self.area, self.scores = W.HTML(), W.HTML(), W.HTML(), W.HTML()
+        self.said, self.radius, self.area, self.scores = texts(4)
         on_change([self.ratio], self.draw)
         self.draw()
 
@@ -52,7 +54,8 @@ def coreset_playground(
 )->W.Widget:
     "Move the ratio of a coreset, and see what it remembers and what it is worth."
     v = Sizes(nested(model, category, ratios))
-    return Instrument('coreset', [v.ratio, v.said, side_by_side(v.picture, W.VBox([v.radius, v.area, v.scores]))], v)
+    curves = W.VBox([v.radius, v.area, v.scores])
+    return Instrument('coreset', [v.ratio, v.said, side_by_side(v.picture, curves)], v)
 
 # %% ../nbs/11_trying.ipynb #51b144e8
 class LabParts:
@@ -61,8 +64,9 @@ class LabParts:
         lab:Lab, # the laboratory
         backbones:Sequence[str], # that can be chosen
     ):
-        first = Setting()
-        layers = [o for o in first.layers if o in lab.layers] or list(lab.layers[-1:])
+        first, last = Setting(), lab.layers[-1:]
+        layers = [o for o in first.layers if o in lab.layers] or list(last)
+        worst = int(lab.labels.argmax()) # the first that is defective
         later = dict(continuous_update=False) | wide()
         self.backbone = W.Dropdown(options=list(backbones), description='backbone', **wide())
         self.layers = W.SelectMultiple(options=lab.layers, value=layers, rows=len(lab.layers), description='layers', **wide())
@@ -70,20 +74,26 @@ class LabParts:
         self.k = W.IntSlider(first.k, 1, lab.most_k, description='k', **later)
         self.patch_score = W.Dropdown(options=list(PATCH_SCORES), value=first.patch_score, description='patch score', **wide())
         self.smoothing = W.FloatSlider(value=first.smoothing, min=0, max=16, step=.5, description='smoothing', readout_format='.1f', **later)
-        self.image = W.IntSlider(int(lab.labels.argmax()), 0, len(lab.test)-1, description='image', **wide())
+        self.image = W.IntSlider(worst, 0, len(lab.test)-1, description='image', **wide())
         self.picture = Picture()
-        self.said, self.table, self.scores, self.error = W.HTML(), W.HTML(), W.HTML(), W.HTML()
+        self.said, self.table, self.scores, self.error = texts(4)
 
     def chosen(self)->list[W.Widget]: # in the order of `Setting`
         "List the controls that make a setting."
         return [self.backbone, self.layers, self.patchsize, self.k, self.patch_score, self.smoothing]
+
+    def setting(self)->Setting:
+        "Read what is chosen."
+        backbone, layers, *others = (o.value for o in self.chosen())
+        return Setting(backbone, tuple(layers), *others)
 
 # %% ../nbs/11_trying.ipynb #92ed98f2
 def metrics_html(
     metrics:dict[str,float], # name -> value
 )->str: # HTML
     "Write metrics as a line of text."
-    return ', '.join(f'{k.replace("_auroc", " AUROC")} <b>{v:.3f}</b>' for k, v in metrics.items())
+    words = [f'{k} <b>{v:.3f}</b>' for k, v in metrics.items()]
+    return ', '.join(words).replace('_auroc', ' AUROC')
 
 class Bench(LabParts):
     "What the feature lab remembers: the settings that were tried."
@@ -99,7 +109,7 @@ class Bench(LabParts):
 
     def judge(self):
         "Judge what is chosen."
-        setting = Setting(*(tuple(o.value) if o is self.layers else o.value for o in self.chosen()))
+        setting = self.setting()
         with error_shown(self.error):
             self.said.value = 'at work …'
             self.show(setting, judge_setting(self.lab, setting))
@@ -109,7 +119,8 @@ class Bench(LabParts):
         "Show what a setting is worth."
         self.shown = exhibit(found.prediction, self.lab.test)
         self.tried[setting] = found.metrics
-        self.said.value = f'{metrics_html(found.metrics)}, {found.n_patches:,} patches of {found.dim} values'
+        size = f'{found.n_patches:,} patches of {found.dim} values'
+        self.said.value = f'{metrics_html(found.metrics)}, {size}'
         self.table.value = tried_html(self.tried, setting)
         self.scores.value = groups_svg(self.shown.scores, self.lab.labels)
         self.draw()
@@ -117,7 +128,8 @@ class Bench(LabParts):
     def draw(self):
         "Show an image under the map of what was chosen."
         i = self.image.value
-        self.picture.show(draw_seen(self.shown, i, np.inf, .7, side=360), self.shown.name(i))
+        im = draw_seen(self.shown, i, np.inf, .7, side=360)
+        self.picture.show(im, self.shown.name(i))
 
 # %% ../nbs/11_trying.ipynb #f25b01bc
 def feature_lab(
@@ -130,6 +142,8 @@ def feature_lab(
 )->W.Widget:
     "Choose backbone, layers, patch size, k, patch score and smoothing, and see what they are worth."
     b = Bench(Lab(category, model, layers, n_train, n_test), backbones)
-    note = W.HTML(f'<span style="opacity:.6">{len(b.lab.train)} images to learn from, {len(b.lab.test)} to judge</span>')
+    said = f'{len(b.lab.train)} images to learn from, {len(b.lab.test)} to judge'
+    note = W.HTML(element('span', said, style='opacity:.6'))
     controls = W.VBox([*b.chosen(), b.said, b.error, b.scores, note])
-    return Instrument('lab', [side_by_side(controls, W.VBox([b.picture, b.image])), b.table], b)
+    seen = W.VBox([b.picture, b.image])
+    return Instrument('lab', [side_by_side(controls, seen), b.table], b)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['images_below', 'cell_of', 'Verdicts', 'category_of', 'open_verdicts', 'check_kind', 'write_table', 'labelled',
-           'give_verdict', 'next_open', 'tally_verdicts', 'colour_of', 'verdict_html', 'tally_html']
+           'give_verdict', 'next_open', 'tally_verdicts', 'colour_of', 'coloured_bar', 'verdict_html', 'tally_html']
 
 # %% ../nbs/10c_verdicts.ipynb #2e3ed4ed
 import csv, os
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
+from .board import element
 from .core import *
 from .data import list_images, subfolders
 from .layouts import kind_of, read_rows
@@ -34,7 +35,8 @@ def cell_of(
 )->str: # relative to the table's folder where there is such a way, else absolute
     "Say how a table names an image."
     full = Path(image).absolute()
-    try: name = Path(os.path.relpath(full, Path(table).absolute().parent)).as_posix()
+    start = Path(table).absolute().parent
+    try: name = Path(os.path.relpath(full, start)).as_posix()
     except ValueError: name = full.as_posix() # on another drive
     if ';' in name or name != name.strip(): raise DataError(f'{image} has a semicolon in its path, or a space at its end, which a table cannot hold: rename it')
     return name
@@ -83,9 +85,10 @@ def category_of(
 )->str|None: # of new rows; None: the table has no such column
     "Settle the category that new rows get."
     if category or 'category' not in map(str.lower, columns): return category
-    known = {o['category'] for o in rows}
-    if len(known) == 1: return known.pop()
-    raise ArgumentError(f"{path} has the column category, with {', '.join(sorted(known)) or 'nothing'} in it: say which one with category=")
+    known = sorted({o['category'] for o in rows})
+    if len(known) == 1: return known[0]
+    there = ', '.join(known) or 'nothing'
+    raise ArgumentError(f'{path} has the column category, with {there} in it: say which one with category=')
 
 def open_verdicts(
     folder:str|Path,  # with images, in it or in the folders in it
@@ -129,8 +132,8 @@ def labelled(
     label:str,         # "good", or a kind of defect
 )->dict[str,str]: # column, in lower case -> text
     "Make a row with a label, and what follows from it."
-    fresh = dict(path=cell_of(verdicts.images[i], verdicts.path), category=verdicts.category or '')
-    new = verdicts.row(i) or fresh
+    cell = cell_of(verdicts.images[i], verdicts.path)
+    new = verdicts.row(i) or dict(path=cell, category=verdicts.category or '')
     split = 'test' if label != 'good' else new.get('split') or 'train'
     return new | dict(label=label, split=split)
 
@@ -143,7 +146,8 @@ def give_verdict(
     row, rows = verdicts.row(i), list(verdicts.rows)
     label = kind if kind in (None, 'good') else check_kind(kind)
     new = [] if label is None else [labelled(verdicts, i, label)]
-    at = len(rows) if row is None else next(j for j, o in enumerate(rows) if o is row)
+    same = [j for j, o in enumerate(rows) if o is row]
+    at = same[0] if same else len(rows)
     rows[at:at+1] = new
     write_table(verdicts.path, verdicts.columns, rows)
     verdicts.rows = rows # only now: what is shown is what is on disk
@@ -173,6 +177,13 @@ def colour_of(
     "Choose the colour of a verdict."
     return {None: 'rgba(128,128,128,.35)', 'good': GOOD}.get(said, BAD)
 
+def coloured_bar(
+    width:float, # pixels
+    colour:str,  # of CSS
+)->str: # HTML
+    "Draw a bar."
+    return element('span', style=f'display:inline-block;height:.7em;width:{width:.1f}px;background:{colour}')
+
 def verdict_html(
     verdicts:Verdicts, # as `open_verdicts` returns them
     i:int,             # which image
@@ -180,13 +191,18 @@ def verdict_html(
     "Write an image's name and the verdict on it."
     said = verdicts[i]
     colour = 'inherit' if said is None else colour_of(said)
-    return f'{image_name(verdicts.images[i], i)}: <b style="color:{colour}">{escape(said or "no verdict yet")}</b>'
+    word = element('b', escape(said or 'no verdict yet'), style=f'color:{colour}')
+    return f'{image_name(verdicts.images[i], i)}: {word}'
 
 def tally_html(
     counts:dict[str|None,int], # as `tally_verdicts` returns them
 )->str: # HTML
     "Show how far one is, as a bar and in words."
     total = sum(counts.values()) or 1
-    bars = [f'<span style="display:inline-block;height:.7em;width:{300*n/total:.1f}px;background:{colour_of(k)}"></span>' for k, n in counts.items()]
-    words = [f'{n} {escape(k or "open")}' for k, n in counts.items() if n or k in ('good', None)]
-    return f'<span style="white-space:nowrap">{"".join(bars)}</span><br>{", ".join(words)}'
+    bars, words = [], []
+    for said, n in counts.items():
+        bars.append(coloured_bar(300*n/total, colour_of(said)))
+        is_told = n or said in ('good', None)
+        if is_told: words.append(f'{n} {escape(said or "open")}')
+    bar = element('span', ''.join(bars), style='white-space:nowrap')
+    return f'{bar}<br>{", ".join(words)}'
