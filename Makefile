@@ -57,6 +57,7 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/pictures.py
 	$(BIN)/python benchmarks/scores.py
 	$(BIN)/python benchmarks/contamination.py
+	$(BIN)/python benchmarks/busy.py
 
 # An environment that is older than the package's metadata is brought up to date; one that is not there is made.
 # torch and torchvision must come from one index: both are requirements, so one pip command installs both.

@@ -197,7 +197,7 @@ def make_model(
     core:dict,    # of patch_core
     sampler:dict, # of sampler
     data:dict,    # of dataset
-)->'PatchCore|Ensemble': # not fitted; an ensemble of several backbones
+)->object: # a PatchCore, or an Ensemble of several backbones; not fitted
     "Make the model that the flags describe."
     from patchcore_nb.budget import parse_size
     from patchcore_nb.ensemble import Ensemble
@@ -227,7 +227,7 @@ def find_categories(
     seed:int,   # of how a dataset without a split of its own is split
     data:dict,  # flags of dataset
     need_train:bool=True, # must there be images to learn from?
-)->'list[Category]':
+)->list: # of `Category`
     "Find the categories that the flags name."
     from patchcore_nb.categories import load_category
     options = dataset_arguments(data) | dict(seed=seed, need_train=need_train)
@@ -238,7 +238,7 @@ def find_categories(
 # %% ../nbs/12_arguments.ipynb #39a67bb3
 def sizes_for(
     data:dict,           # flags of dataset
-    category:'Category', # whose first image tells its shape, where nothing is cut
+    category, # a `Category`, whose first image tells its shape, where nothing is cut
 )->dict: # arguments of `load`
     "Say which image size the flags ask of a saved model; empty, if they ask for none."
     from patchcore_nb.data import image_size
@@ -260,7 +260,7 @@ def saved_models(
     group:dict,  # flags of the command itself
     loader:dict, # of patch_core_loader
     data:dict,   # of dataset
-    categories:'Sequence[Category]', # as `find_categories` finds them
+    categories:Sequence, # of `Category`, as `find_categories` finds them
 )->list[Callable]: # functions that load one model each
     "Make what `judge_saved` takes."
     from patchcore_nb.store import load

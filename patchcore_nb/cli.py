@@ -62,7 +62,7 @@ COLUMNS = { # metric -> what a person calls it, in this order
     'threshold': 'threshold', 'false_alarms': 'false alarms', 'missed': 'missed'}
 
 def with_deviation(
-    report:'pd.DataFrame', # a row per category
+    report, # a table, a row per category
     name:str,              # of a metric
 )->list[str]: # a text per category
     "Write a metric with its deviation over seeds."
@@ -73,13 +73,13 @@ def with_deviation(
     return texts
 
 def is_over_seeds(
-    report:'pd.DataFrame', # of a `Run`
+    report, # a table, of a `Run`
 )->bool:
     "Tell whether a report holds means and deviations over several seeds."
     return any(f'{o}_std' in report for o in COLUMNS)
 
 def results_table(
-    report:'pd.DataFrame', # of a `Run`
+    report, # a table, of a `Run`
 )->'pd.DataFrame': # a row per category
     "Take what a person wants to see of a report."
     import pandas as pd
@@ -92,7 +92,7 @@ def results_table(
 
 # %% ../nbs/12_cli.ipynb #b0c8abc0
 def places_of(
-    done:'Run',  # as `run` returns it
+    done, # a `Run`, as `run` returns it
     group:dict,  # flags of the command itself
 )->list[str]: # lines
     "Tell where the outputs of a run are."
@@ -104,7 +104,7 @@ def places_of(
     return lines
 
 def recall_said(
-    done:'Run', # as `run` returns it
+    done, # a `Run`, as `run` returns it
     search:str, # of neighbours, if the run names none
 )->str: # empty, if the search is exact
     "Tell how many of the nearest neighbours an approximate search has found."
@@ -115,7 +115,7 @@ def recall_said(
     return f'search:   {names} finds {least:.4%} of the nearest neighbours {how}'
 
 def show_run(
-    done:'Run', # as `run` returns it
+    done, # a `Run`, as `run` returns it
     group:dict, # flags of the command itself
     search:str='exact', # of neighbours; saved models bring their own
 )->str: # several lines
@@ -158,7 +158,7 @@ def find_held_out(
     core:dict, # flags of patch_core
     data:dict, # of dataset
     seed:int,  # of how images are split
-)->'list[Category]':
+)->list: # of `Category`
     "Find the categories that the flags name, with a word if --confidence has nothing to speak of."
     found = find_categories(seed, data)
     is_asked = 'confidence' in core['given'] and core['confidence']
@@ -171,7 +171,7 @@ def find_held_out(
 def checked_model(
     flags:dict, # part of the command line -> its flags
     group:dict, # flags of the command itself
-)->'PatchCore|Ensemble': # not fitted; its arguments are checked
+)->object: # a PatchCore or an Ensemble, not fitted; its arguments are checked
     "Make the model, after all that can be checked without an image."
     from patchcore_nb.samplers import coreset_size
     core, sampler, data = (flags[o] for o in ('patch_core', 'sampler', 'dataset'))

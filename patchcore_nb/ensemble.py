@@ -21,7 +21,7 @@ from .cache import digest_image
 from .core import *
 from .evaluation import auroc
 from .fitting import Fitted, counts_maps, judge_left
-from .items import as_items, check_labels
+from .items import as_items, check_labels, is_loader
 from .names import DISTANCES
 from .patchcore import PatchCore, not_fitted
 from .prediction import Prediction, empty_maps, judge
@@ -187,6 +187,22 @@ def set_params(self:Ensemble,
     for o in self.members: o.set_params(**params)
     return self
 
+# %% ../nbs/07i_ensemble.ipynb #b10241ba
+@patch
+def __setattr__(self:Ensemble, name, value):
+    "Set the models; there is nothing else to set."
+    known = name == 'models' or name.startswith('_') or hasattr(type(self), name)
+    if not known: raise ArgumentError(f'an ensemble has no argument {name}, but its members may: pass it to set_params, which sets it in all of them')
+    object.__setattr__(self, name, value)
+
+@patch
+def __sklearn_is_fitted__(self:Ensemble)->bool: return self.fitted_ is not None
+
+@patch
+def __sklearn_tags__(self:Ensemble):
+    "Tell scikit-learn what kind of estimator this is."
+    return self.members[0].__sklearn_tags__()
+
 # %% ../nbs/07i_ensemble.ipynb #23617263
 def same_banks(
     joined:Joined,
@@ -294,9 +310,13 @@ def fit(self:Ensemble,
 )->Ensemble: # itself
     "Fit each member."
     plans = plan or [None]*len(self)
-    for o, p in zip(self.members, plans): o.fit(images, y, p)
-    self.__dict__.pop('_joined', None)
-    return self.adopt(joint_calibration(self.fitted_))
+    if is_loader(images): images = as_items(images) # which may be read but once
+    new = self.fresh()
+    for o, p in zip(new.members, plans): o.fit(images, y, p)
+    new.adopt(joint_calibration(new.fitted_))
+    for o, part in zip(self.members, new.fitted_.parts): o.adopt(part)
+    self._joined = new.fitted_
+    return self
 
 @patch
 def score(self:Ensemble,

@@ -32,7 +32,7 @@ def find_layers(
     layers:Sequence[str], # dotted names
 )->list[nn.Module]:
     "Find the submodules by these names."
-    if not layers: raise ArgumentError('layers must name at least one, got none: pass layer2 and layer3, say')
+    if not layers: raise ArgumentError("layers must name at least one, got none: pass some, such as layers=['layer2', 'layer3']")
     if len(set(layers)) < len(layers): raise ArgumentError(f"layers are named twice: {', '.join(layers)}: name each one once")
     modules = {k: m for k, m in model.named_modules() if k}
     for o in layers:

@@ -38,10 +38,11 @@ def is_loader(
 
 # %% ../nbs/07_any_images.ipynb #f90326ed
 def as_items(
-    images, # a folder, a path, a `Category` (its training images), an image, an (B, ...) array or tensor, a sequence of any of these but the first, or a loader
+    images, # a folder, a path, a `Category` (its training images), an image, a (B, ...) array or tensor, a sequence of any of these but the first, an array of paths, or a loader
 )->list: # what `to_pil` takes
     "List the images of any collection."
     if isinstance(images, Category): images = images.train
+    if isinstance(images, np.ndarray) and images.dtype.kind in 'UO': images = images.tolist() # paths
     if isinstance(images, (str, Path)): images = list_images(images) if Path(images).is_dir() else [images]
     if isinstance(images, (np.ndarray, Tensor)) and images.ndim < 4: images = [images]
     if is_loader(images): images = [x for o in images for x in unbatch(o)]

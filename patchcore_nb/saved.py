@@ -74,7 +74,7 @@ def evaluate_main(
 
 # %% ../nbs/12a_saved.ipynb #111f1dcf
 def colour_scale(
-    model:'PatchCore|Ensemble', # fitted
+    model, # a PatchCore or an Ensemble, fitted
 )->tuple[float,float]: # values of the darkest and of the lightest colour
     "Make a scale of colours that depends on the model alone."
     from patchcore_nb.ensemble import bank_unit
@@ -148,7 +148,7 @@ def map_picture(
     image,               # as it was given to `predict`
     ending:str,          # "tiff": the values themselves; "png": overlay
     scale:tuple[float,float], # as `colour_scale` gives it
-)->'Image.Image': # of the image's size
+)->object: # of the image's size
     "Draw a map on its image, or keep its values."
     import numpy as np
     from PIL import Image
@@ -158,7 +158,7 @@ def map_picture(
     return Image.fromarray(overlay(image, np.nan_to_num(values, nan=low), high, low))
 
 def write_map(
-    prediction:'Prediction', # of some images
+    prediction, # a Prediction, of some images
     i:int,                   # which one
     name:str,                # of the file, without ending
     folder:Path,             # where to
@@ -176,7 +176,7 @@ def write_map(
 
 # %% ../nbs/12a_saved.ipynb #714f1df7
 def verdict_row(
-    prediction:'Prediction', # of some images
+    prediction, # a Prediction, of some images
     i:int,                   # which one
 )->dict: # path, score, p-value and verdict
     "Say what a prediction says of one image."
@@ -189,7 +189,7 @@ def verdict_row(
 CHUNK = 32 # images whose maps are in memory together
 
 def predict_files(
-    model:'PatchCore|Ensemble', # fitted
+    model, # a PatchCore or an Ensemble, fitted
     items:Sequence,             # paths of images
     folder:str|Path,            # where maps/ goes
     maps:str='png',             # in `MAPS`
@@ -223,7 +223,7 @@ def write_csv(
 def write_json(
     rows:Sequence[dict], # as `predict_files` yields them
     path:Path,           # where to
-    calibration:'Calibration|None', # the model's
+    calibration, # the model's
 ):
     "Write the rows, and the threshold that the verdicts stand on."
     from patchcore_nb.core import replacing
@@ -235,7 +235,7 @@ def write_json(
 def write_predictions(
     rows:Sequence[dict],  # as `predict_files` yields them
     folder:str|Path,      # where to
-    calibration:'Calibration|None', # the model's
+    calibration, # the model's
     kind:str='both',      # in `FORMATS`
 )->list[Path]: # what was written
     "Write scores.csv and scores.json."

@@ -17,6 +17,7 @@ from scipy.integrate import trapezoid
 
 from patchcore_nb import budget, experiment, patchcore
 from patchcore_nb.cli import main
+from patchcore_nb.embedder import Embedder
 from patchcore_nb.core import ArgumentError, DataError
 from patchcore_nb.data import load_category, make_miniature
 from patchcore_nb.demo import demo_sample
@@ -145,6 +146,7 @@ def test_a_full_disk_is_one_line(call, tmp_path, monkeypatch, no_room):
 LIMITED = '''
 import resource, signal, sys
 from patchcore_nb.core import DataError
+from patchcore_nb.embedder import Embedder
 from patchcore_nb.budget import spilled
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
@@ -163,15 +165,15 @@ def test_where_space_cannot_be_reserved_zeros_are_written(tmp_path, monkeypatch)
     assert bank.shape == (5000, 1000) and not bank.any()
 
 @posix
-def test_nothing_is_left_after_an_error(cogs, tmp_path):
+def test_nothing_is_left_after_an_error(cogs, tmp_path, monkeypatch):
     model = small(spill_dir=tmp_path)
     plan = dataclasses.replace(model.plan(len(cogs)), where='file')
     seen = []
-    def break_off(items, what):
+    def break_off(self, items, word=''):
         seen.append(list(tmp_path.iterdir()))
         raise DataError('an image is broken')
         yield
-    model._embed = break_off
+    monkeypatch.setattr(Embedder, '__call__', break_off)
     with pytest.raises(DataError, match='is broken'): model.fit(cogs, plan=plan)
     assert seen == [[]] and not list(tmp_path.iterdir())
 

@@ -12,12 +12,12 @@ import torch
 import torchvision
 from PIL import Image
 
-from patchcore_nb import cache, patchcore
+from patchcore_nb import cache, embedder
 from patchcore_nb.cache import Cache
 from patchcore_nb.cli import main
 from patchcore_nb.core import DataError
 from patchcore_nb.data import load_category, make_miniature
-from patchcore_nb.experiment import sweep
+from patchcore_nb.sweeping import sweep
 from patchcore_nb.extractor import BACKBONES, Extractor
 from patchcore_nb.patchcore import PatchCore
 
@@ -124,13 +124,13 @@ def test_another_training_set_calibrates_anew(tile, kept):
 def test_changed_code_misses(tile, kept, monkeypatch):
     model(kept, 'resnet18').fit(tile)
     n = len(files(kept))
-    monkeypatch.setattr(patchcore, 'code_state', lambda files, real=cache.code_state: real(files)|{'patchcore_nb.aggregator.Aggregator': 'edited'})
+    monkeypatch.setattr(embedder, 'code_state', lambda files, real=cache.code_state: real(files)|{'patchcore_nb.aggregator.Aggregator': 'edited'})
     model(kept, 'resnet18').fit(tile)
     assert len(files(kept)) == 2*n and len({*kept.iterdir()}) == 2
 
 def test_the_code_that_counts(tile, kept):
-    recipe = model(kept, 'resnet18').check()._recipe()['code']
-    assert {*(f'patchcore_nb.{o}' for o in ('aggregator.Aggregator', 'extractor.Extractor', 'data.Preprocess', 'core.to_tensor', 'patchcore.PatchCore')), 'torch', 'torchvision', 'pillow'} <= set(recipe)
+    recipe = model(kept, 'resnet18').check().embedder_.recipe()['code']
+    assert {*(f'patchcore_nb.{o}' for o in ('aggregator.Aggregator', 'extractor.Extractor', 'crop.Preprocess', 'core.to_tensor', 'embedder.Embedder')), 'torch', 'torchvision', 'pillow'} <= set(recipe)
 
 def test_a_backbone_from_a_notebook_that_has_changed_misses(tile, kept, monkeypatch):
     def banks(factor):

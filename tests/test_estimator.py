@@ -11,11 +11,12 @@ from PIL import Image
 from sklearn.base import clone
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from patchcore_nb import patchcore
+from patchcore_nb import left_out
 from patchcore_nb.core import ArgumentError, DataError
 from patchcore_nb.data import Category, Preprocess, Sample, load_category, make_miniature, read_masks
 from patchcore_nb.ensemble import Ensemble
-from patchcore_nb.patchcore import PatchCore, as_items
+from patchcore_nb.items import as_items
+from patchcore_nb.patchcore import PatchCore
 from patchcore_nb.store import load, save
 from patchcore_nb.thresholds import calibrate
 
@@ -25,7 +26,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
 
 def model(**kw): return PatchCore('resnet18', weights='random', **SMALL | kw)
 
-def embeddings(m, images): return torch.cat([p.flatten(0, 2) for p in m._embed(as_items(images), '')])
+def embeddings(m, images): return torch.cat([p.flatten(0, 2) for p in m.embedder_(as_items(images))])
 
 def reach(m, images): return float(torch.cdist(embeddings(m, images), m.memory_bank_, compute_mode='donot_use_mm_for_euclid_dist').amin(1).max())
 
@@ -160,7 +161,7 @@ def test_partial_fit_covers_the_new_images(kw):
     for j in (before, len(m.memory_bank_)-1): # each new row is the patch that it says it is
         i, row, col = m.origin_[j].tolist()
         assert i >= 3
-        if not m.augment: assert torch.allclose(next(m._embed([IMAGES[i]], ''))[0, row, col], m.memory_bank_[j], rtol=1e-3, atol=1e-4)
+        if not m.augment: assert torch.allclose(next(m.embedder_([IMAGES[i]]))[0, row, col], m.memory_bank_[j], rtol=1e-3, atol=1e-4)
 
 def test_partial_fit_of_an_unfitted_model_is_fit(fitted): assert torch.equal(model().partial_fit(IMAGES).memory_bank_, fitted.memory_bank_)
 
@@ -188,7 +189,7 @@ def test_an_approximate_threshold_goes_silently():
         warnings.simplefilter('error')
         fitted = model().fit(many[:19])
         assert fitted.calibration_.promise == 'approximate' and fitted.threshold_ > 0 and model().fit(many[:18]).threshold_ is None
-        assert fitted.resize(.05).calibration_ is None
+        assert fitted.shrink(.05).calibration_ is None
         assert clone(fitted).fit(many[:19]).forget(0).calibration_ is None
         assert clone(fitted).fit(many[:19]).partial_fit(many[19:]).calibration_ is None
 
@@ -225,7 +226,7 @@ def test_a_saved_model_goes_on_learning_and_forgetting(folder, tmp_path):
     with pytest.raises(DataError, match='none of the images'): m.forget(paths[2])
     again = load(save(m, tmp_path/'c', 'ours'), device='cpu')
     assert torch.equal(again.predict(paths).anomaly_maps, m.predict(paths).anomaly_maps)
-    with pytest.raises(ArgumentError, match='put together'): again.resize(.01)
+    with pytest.raises(ArgumentError, match='put together'): again.shrink(.01)
 
 def test_forgetting_what_was_never_learned(fitted):
     for image, error in [(8, 'not in memory'), (-1, 'not in memory')]:
@@ -244,7 +245,7 @@ def test_merge():
     assert (c.n_images_, c.n_patches_) == (8, 8*64) and reach(c, IMAGES) <= c.radii_[-1]*(1+1e-4)
     assert torch.equal(c.predict(IMAGES).patch_scores, torch.stack([o.predict(IMAGES).patch_scores for o in (a, b, model().fit(IMAGES[5:]))]).amin(0))
     assert len(a.memory_bank_)+len(b.memory_bank_) < len(c.memory_bank_) and len(a.memory_bank_) == 19 # a itself is as it was
-    for kw, word in [(dict(seed=1), 'backbone_sha256'), (dict(patchsize=5), 'settings'), (dict(imagesize=56), 'sizes')]:
+    for kw, word in [(dict(seed=1), 'weights_sha256'), (dict(patchsize=5), 'patchsize'), (dict(imagesize=56), 'imagesize')]:
         with pytest.raises(ArgumentError, match=word): a.merge(model(**kw).fit(IMAGES[3:5]))
 
 def test_merged_models_are_calibrated_by_what_all_held_out():
@@ -290,7 +291,7 @@ def test_half_and_the_other_half_of_bottle(testdata):
 
 RUN = 'import sys; import numpy as np, torch; from patchcore_nb.store import load; x = np.load(sys.argv[2]); p = load(sys.argv[1], device="cpu").predict(x); torch.save([p.image_scores, p.anomaly_maps], sys.argv[3])'
 
-@pytest.mark.parametrize('make', [lambda: model(), lambda: Ensemble(model(layers=('layer2',)), model(layers=('layer3',), target_dim=32), model(seed=3)), lambda: PatchCore('filterbank', **SMALL)], ids=['single', 'ensemble', 'filterbank'])
+@pytest.mark.parametrize('make', [lambda: model(), lambda: Ensemble([model(layers=('layer2',)), model(layers=('layer3',), target_dim=32), model(seed=3)]), lambda: PatchCore('filterbank', **SMALL)], ids=['single', 'ensemble', 'filterbank'])
 def test_a_saved_model_in_a_new_process_is_the_same_to_the_bit(make, tmp_path):
     m = make().fit(IMAGES)
     np.save(tmp_path/'x.npy', IMAGES[4])
@@ -312,7 +313,7 @@ def test_good_images_set_aside_by_a_dataset_set_the_threshold(tmp_path):
 
 def test_all_suspects_of_a_large_memory(monkeypatch):
     "Fit judges a hundred images of a large memory; whoever hands over the images gets all."
-    monkeypatch.setattr(patchcore, 'MANY', 1)
+    monkeypatch.setattr(left_out, 'MANY', 1)
     images = np.random.default_rng(1).integers(0, 256, (104, 64, 64, 3), np.uint8)
     m = model().fit(images)
     assert [len(o) for o in (m.suspects(), m.suspects(images), m.suspects())] == [100, 104, 104]

@@ -24,7 +24,7 @@ def single(testdata): return load(testdata/'golden'/'model_single', weights_dir=
 def paths(testdata, names): return [testdata/'data'/'mvtec256'/'bottle'/str(o) for o in names]
 
 def metrics(model, bottle):
-    "Every figure of the test set."
+    "Every metric of the test set."
     p = model.predict(bottle.test)
     return evaluate(p.image_scores, [o.label for o in bottle.test], p.anomaly_maps, read_masks(bottle.test, model.preprocess_))
 

@@ -13,18 +13,24 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from patchcore_nb import build, store
+from patchcore_nb import build, model_files, reference_files
+from patchcore_nb.demo import demo_sample
+from patchcore_nb.embedding import RUNTIME
 from patchcore_nb.core import ArgumentError, DataError
 from patchcore_nb.ensemble import Ensemble
 from patchcore_nb.extractor import create_backbone
 from patchcore_nb.patchcore import PatchCore
-from patchcore_nb.store import HEADER, INDEX, PARAMS, TENSORS, VALUES, load, read_faiss_flat, read_reference_params, save, write_faiss_flat
+from patchcore_nb.model_files import TENSORS, VALUES
+from patchcore_nb.reference_files import (
+    HEADER, REFERENCE_INDEX as INDEX, REFERENCE_PARAMS as PARAMS, not_in_reference, read_faiss_flat, read_reference_params, write_faiss_flat)
+from patchcore_nb.store import load, save
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), np.uint8)
 SMALL = dict(resize=64, imagesize=64, pretrain_dim=64, target_dim=64, ratio=.1)
@@ -81,7 +87,7 @@ def test_formats(model, weights, tmp_path, model_format, files):
     assert torch.equal(scores(load(folder, weights_dir=weights, **dict(resize=64) if model_format == 'reference' else {})), scores(model))
 
 def test_reference_cannot_express_it(other, tmp_path):
-    with pytest.raises(ArgumentError, match='--model_format ours'): save(other, tmp_path/'m', 'reference')
+    with pytest.raises(ArgumentError, match='pass model_format ours'): save(other, tmp_path/'m', 'reference')
     assert not list(tmp_path.iterdir())
     with pytest.warns(UserWarning, match='filterbank.*our format alone'): save(other, tmp_path/'m')
     assert {p.name for p in (tmp_path/'m').iterdir()} == {TENSORS, VALUES}
@@ -122,8 +128,8 @@ def rename_fails(path, target, rename=Path.rename):
     if '.tmp-' in path.name: full()
     return rename(path, target)
 
-BREAKS = {'fsync': (os, 'fsync', full), 'tensors': (store, 'save_tensors', full), 'index': (store, 'write_faiss_flat', full), 'bytes': (Path, 'write_bytes', full), 'text': (Path, 'write_text', full),
-          'rename': (Path, 'rename', rename_fails), 'stopped early': (store, 'write_faiss_flat', stopped), 'stopped late': (os, 'fsync', stopped)}
+BREAKS = {'fsync': (os, 'fsync', full), 'tensors': (model_files, 'save_tensors', full), 'index': (reference_files, 'write_faiss_flat', full), 'bytes': (Path, 'write_bytes', full), 'text': (Path, 'write_text', full),
+          'rename': (Path, 'rename', rename_fails), 'stopped early': (reference_files, 'write_faiss_flat', stopped), 'stopped late': (os, 'fsync', stopped)}
 
 @pytest.mark.parametrize('how', BREAKS)
 @pytest.mark.parametrize('older', [True, False])
@@ -197,7 +203,7 @@ def test_a_folder_that_is_called_like_a_file_of_a_model(saved, other):
 
 def test_any_model_takes_the_place_of_any_other(saved, other):
     "Single or an ensemble, ours or the reference's."
-    pair = Ensemble(other, other)
+    pair = Ensemble([other, other])
     for o, n in ((pair, 5), (other, 2), (pair, 5)): assert len(contents(save(o, saved, 'ours'))) == n
 
 def test_what_was_never_fitted_is_not_saved(tmp_path):
@@ -288,7 +294,7 @@ def test_pickles_nested_deep(tmp_path):
 import sys, threading
 from pathlib import Path
 from patchcore_nb.core import DataError
-from patchcore_nb.store import read_reference_params
+from patchcore_nb.reference_files import read_reference_params
 def go():
     for p in Path(sys.argv[1]).glob('*.pkl'):
         try: read_reference_params(p)
@@ -409,14 +415,14 @@ def pair():
     "Two members with a threshold each, and one together; nothing is cut."
     kw = SMALL | dict(imagesize=None, resize=64, train_val_split=.5, false_alarms=.3, confidence=None)
     wide = np.random.default_rng(1).integers(0, 256, (8, 64, 128, 3), np.uint8)
-    return Ensemble(PatchCore('filterbank', **kw), PatchCore('filterbank', ['layer3'], **kw)).fit(wide)
+    return Ensemble([PatchCore('filterbank', **kw), PatchCore('filterbank', ['layer3'], **kw)]).fit(wide)
 
 def thresholds(folder, **sizes): return [load(folder, **sizes).threshold_, *(load(folder, f'Ensemble-{i}-2_', **sizes).threshold_ for i in (1, 2))]
 
 @pytest.mark.parametrize('sizes', [{}, dict(resize=64), dict(resize=(64, 128)), dict(imagesize='whole'), dict(resize=64, imagesize='whole'), dict(imagesize='whole', shape=(200, 100))], ids=str)
 def test_at_its_own_size_a_model_keeps_its_threshold(pair, tmp_path, recwarn, sizes):
     "However the size was said: as a shorter side, as a rectangle, by an image."
-    want = [pair.threshold_, *(o.threshold_ for o in pair.models)]
+    want = [pair.threshold_, *(o.threshold_ for o in pair.members)]
     assert None not in want and thresholds(save(pair, tmp_path/'m', 'ours'), **sizes) == want and not recwarn
     assert load(tmp_path/'m', **sizes).calibration_ == pair.calibration_
 
@@ -427,7 +433,7 @@ def test_at_another_size_it_has_none(pair, tmp_path, sizes):
 
 def test_a_square_may_be_said_as_a_rectangle(tmp_path):
     kw = SMALL | dict(train_val_split=.5, false_alarms=.3, confidence=None)
-    m = Ensemble(PatchCore('filterbank', **kw), PatchCore('filterbank', **kw | dict(imagesize=(64, 64)))).fit(IMAGES)
+    m = Ensemble([PatchCore('filterbank', **kw), PatchCore('filterbank', **kw | dict(imagesize=(64, 64)))]).fit(IMAGES)
     assert load(save(m, tmp_path/'m', 'ours'), imagesize=64).threshold_ == m.threshold_ is not None
 
 @pytest.mark.parametrize('sizes, words', [(dict(imagesize='whole'), 'pass resize=\\(height, width\\)'), (dict(imagesize=65), 'larger than resize'), (dict(imagesize=0), 'at least 1 pixel')], ids=str)
@@ -448,7 +454,7 @@ def test_an_image_settles_what_is_not_cut(model, weights, tmp_path, model_format
 def test_members_of_another_ensemble(pair, tmp_path):
     "By the digests of their values; a changed one is none of them either."
     save(pair, tmp_path/'m', 'ours')
-    twin = Ensemble(pair.models[1], pair.models[0])
+    twin = Ensemble([pair.members[1], pair.members[0]])
     save(twin, tmp_path/'n', 'ours')
     for name in (TENSORS, VALUES): shutil.copy(tmp_path/'n'/f'Ensemble-1-2_{name}', tmp_path/'m')
     refused(load, tmp_path/'m', says='Ensemble-1-2_model.json is not the member that it was saved with')
@@ -462,20 +468,23 @@ def test_members_of_another_ensemble(pair, tmp_path):
 
 def test_an_ensemble_whose_member_has_changed_is_saved_without_its_threshold(tmp_path):
     kw = SMALL | dict(train_val_split=.5, false_alarms=.3, confidence=None)
-    m = Ensemble(PatchCore('filterbank', **kw), PatchCore('filterbank', ['layer3'], **kw)).fit(IMAGES)
+    m = Ensemble([PatchCore('filterbank', **kw), PatchCore('filterbank', ['layer3'], **kw)]).fit(IMAGES)
     assert m.threshold_
-    m.models[0].forget(int(m.models[0].origin_[0, 0]))
+    m.members[0].forget(int(m.members[0].origin_[0, 0]))
     with pytest.warns(UserWarning, match='has changed since its threshold was found'): save(m, tmp_path/'m', 'ours')
     again = load(tmp_path/'m')
     assert again.threshold_ is None and again.units_ == m.units_ and torch.equal(again.predict(IMAGES[:2]).image_scores, m.predict(IMAGES[:2]).image_scores)
 
-def test_an_ensemble_of_fitted_models_that_was_never_fitted_itself(tmp_path):
-    m = Ensemble(PatchCore('filterbank', **SMALL))
-    m.models[0].fit(IMAGES[:2])
-    with pytest.raises(ArgumentError, match='call fit before saving'): save(m, tmp_path/'m')
+def test_an_ensemble_of_fitted_models_has_no_threshold_of_its_own(other, tmp_path):
+    "It judges as its members do; one that holds an unfitted model is not saved."
+    m = Ensemble([other, PatchCore('filterbank', ['layer3'], **SMALL).fit(IMAGES[:2])])
+    again = load(save(m, tmp_path/'m', 'ours'))
+    assert again.calibration_ is None and torch.equal(again.predict(IMAGES).anomaly_maps, m.predict(IMAGES).anomaly_maps)
+    with pytest.raises(ArgumentError, match='call fit before saving'): save(Ensemble([other, PatchCore('filterbank')]), tmp_path/'n', 'ours')
+    assert not (tmp_path/'n').exists()
 
 @pytest.mark.parametrize('kw, said', [({}, []), (dict(imagesize=320, resize=366), []), (dict(resize=300), ['resize 300']), (dict(imagesize=256), ['resize 256']), (dict(resize=(256, 256)), ['resize (256, 256)']), (dict(imagesize=None), ['imagesize None'])], ids=str)
-def test_a_scale_that_the_reference_would_not_know(kw, said): assert store.not_in_reference(PatchCore('wideresnet50', **kw)) == said
+def test_a_scale_that_the_reference_would_not_know(kw, said): assert not_in_reference(PatchCore('wideresnet50', **kw)) == said
 
 @pytest.mark.parametrize('gone', [TENSORS, VALUES, INDEX, PARAMS])
 def test_missing_files(saved, weights, gone):
@@ -521,7 +530,7 @@ def test_damaged_values(saved, weights, change):
     values(saved/VALUES, change)
     refused(lambda: load(saved, weights_dir=weights))
 
-@pytest.mark.parametrize('raw', [b'', b'{', b'[]', b'null', b'5', b'"x"', b'\xff\xfe', b'[' * 100_000, b'{"a":' * 50_000, b'{"format": "patchcore_nb model 1"}', b'9'*10_000, b'\x00'*100], ids=lambda r: repr(r[:12]))
+@pytest.mark.parametrize('raw', [b'', b'{', b'[]', b'null', b'5', b'"x"', b'\xff\xfe', b'[' * 100_000, b'{"a":' * 50_000, b'{"format": "patchcore_nb model 1"}', b'{"format": "patchcore_nb model 2"}', b'{"format": ["patchcore_nb model 2"]}', b'9'*10_000, b'\x00'*100], ids=lambda r: repr(r[:12]))
 def test_values_that_are_no_json(saved, weights, raw):
     (saved/VALUES).write_bytes(raw)
     refused(lambda: load(saved, weights_dir=weights), says=VALUES)
@@ -546,3 +555,114 @@ def test_banks_that_do_not_fit(saved, weights, how):
 @pytest.mark.parametrize('runtime', [dict(ratio=.5), dict(seed=1)], ids=str)
 def test_only_what_costs_time_can_be_changed(saved, weights, runtime):
     with pytest.raises(ArgumentError, match='cannot be changed'): load(saved, weights_dir=weights, **runtime)
+
+
+# A model file says what the model is, and nothing else
+
+def says(path, param, value, version=2):
+    "Let a model file say another parameter; no digest protects it."
+    values(path, ('params', param, value))
+    values(path, ('format', f'patchcore_nb model {version}'))
+
+SETTINGS = dict(weights_dir='/any/folder', device='cuda:7', search_device='cuda:7', search_threads=10**6, batch_size=10**9, num_workers=10**6,
+                show=True, memory_budget='1TB', spill_dir='/any/folder', cache='/any/folder')
+
+def test_no_setting_is_left_out(): assert set(SETTINGS) == set(RUNTIME)
+
+@pytest.mark.parametrize('version', [1, 2])
+@pytest.mark.parametrize('param', SETTINGS)
+def test_a_model_file_does_not_choose_how_it_is_computed(other, tmp_path, param, version):
+    "Neither where predict writes, nor what it takes: nothing is made, nothing begins."
+    save(other, tmp_path/'m', 'ours')
+    value, threads = SETTINGS[param], torch.get_num_threads()
+    if value == '/any/folder': value = str(tmp_path/'made')
+    says(tmp_path/'m'/VALUES, param, value, version)
+    before = contents(tmp_path)
+    refused(load, tmp_path/'m', says=f"{tmp_path/'m'/VALUES}: the model says {param}=")
+    assert contents(tmp_path) == before and not (tmp_path/'made').exists() and torch.get_num_threads() == threads
+
+@pytest.mark.parametrize('param, value', [
+    ('nonsense', 1), ('__class__', 'x'), ('self', 1), ('scale_to', 64), ('embedder_', 1), ('k', '1'), ('k', 1.5), ('k', True), ('k', [1]), ('ratio', '0.1'), ('ratio', True), ('ratio', float('nan')), ('ratio', 1e999),
+    ('layers', 'layer2'), ('layers', [2]), ('layers', {'layer2': 1}), ('augment', 1), ('augment', 'yes'), ('resize', '64'), ('resize', [64]), ('resize', 64.), ('imagesize', [64, 64, 64]), ('imagesize', [64, '64']),
+    ('seed', 'x'), ('seed', 1.), ('backbone', 5), ('more_patchsizes', 3), ('more_patchsizes', [3.5]), ('weights', 0), ('distance', ['squared']), ('smoothing', '4'), ('confidence', '0.9'),
+    ('target_dim', 10**12), ('imagesize', 10**7), ('resize', [10**6, 64]), ('k', 10**9), ('more_patchsizes', [3]*10_000), ('layers', ['layer2']*10_000), ('stride', -10**12)], ids=lambda o: str(o)[:20])
+def test_a_parameter_that_cannot_be_is_named(other, tmp_path, param, value):
+    "With the file that it stands in; a claim of any size costs nothing."
+    save(other, tmp_path/'m', 'ours')
+    says(tmp_path/'m'/VALUES, param, value)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=f'{VALUES}: .*{param}'): load(tmp_path/'m')
+        assert tracemalloc.get_traced_memory()[1] < 4e6
+    finally: tracemalloc.stop()
+
+def test_a_member_does_not_choose_either(pair, tmp_path):
+    folder, name = save(pair, tmp_path/'m', 'ours'), f'Ensemble-2-2_{VALUES}'
+    says(folder/name, 'cache', str(tmp_path/'made'))
+    values(folder/'ensemble.json', ('sha256', 'Ensemble-2-2_', hashlib.sha256((folder/name).read_bytes()).hexdigest()))
+    refused(load, folder, says=f"{folder/name}: the model says cache=")
+    assert not (tmp_path/'made').exists()
+
+def test_whoever_loads_a_model_chooses(other, tmp_path):
+    again = load(save(other, tmp_path/'m', 'ours'), cache=tmp_path/'kept', batch_size=1, search_threads=1)
+    assert torch.equal(scores(again), scores(load(tmp_path/'m', batch_size=1))) and list((tmp_path/'kept').rglob('*.safetensors'))
+    save(again, tmp_path/'n', 'ours')
+    assert not set(json.loads((tmp_path/'n'/VALUES).read_text())['params']) & set(RUNTIME)
+
+@pytest.mark.parametrize('runtime', [dict(batch_size=0), dict(search_threads=10**6), dict(num_workers=-1), dict(device=-7), dict(search_device=-7), dict(memory_budget='lots')], ids=str)
+def test_a_setting_that_cannot_be_is_an_argument_of_the_caller(other, tmp_path, runtime):
+    save(other, tmp_path/'m', 'ours')
+    with pytest.raises(ArgumentError): load(tmp_path/'m', **runtime)
+
+@pytest.mark.parametrize('given', [dict(resize='72', imagesize='64'), dict(k=np.int64(2), ratio=np.float64(.1)), dict(augment=1), dict(resize=np.int64(64))], ids=str)
+def test_what_fit_takes_can_be_read_again(tmp_path, given):
+    m = PatchCore('filterbank', **SMALL | given).fit(IMAGES[:2])
+    assert torch.equal(scores(load(save(m, tmp_path/'m', 'ours'))), scores(m))
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path):
+    m = PatchCore('filterbank', **SMALL | dict(more_patchsizes=np.array([1]))).fit(IMAGES[:2])
+    with pytest.raises(DataError, match='more_patchsizes'): save(m, tmp_path/'m', 'ours')
+    assert not list(tmp_path.iterdir())
+
+
+# Models of the version before
+
+OLD = Path(__file__).parent/'data'/'model_1' # written by version 0.1.0, from drawn images
+
+@pytest.mark.parametrize('name', ['single', 'ensemble'])
+def test_a_model_of_the_version_before(name):
+    "Its scores, its maps, its threshold; `b` is what `reweight_k` was called."
+    noted = json.loads((OLD/'scores.json').read_text(encoding='utf-8'))
+    m, want = load(OLD/name, num_workers=0), noted[name]
+    p = m.predict([demo_sample('cog', 'test', i)[0] for i in noted['test']])
+    assert np.allclose(p.image_scores, want['image_scores'], rtol=1e-5, atol=0)
+    assert np.allclose(p.anomaly_maps.amax((1, 2)), want['tops'], rtol=1e-5, atol=0)
+    assert m.threshold_ == want['threshold'] and p.verdicts.tolist() == want['verdicts']
+    assert [o.reweight_k for o in m.members] == dict(single=[3], ensemble=[5, 9])[name]
+    assert not any(hasattr(o, 'b') for o in m.members)
+
+@pytest.mark.parametrize('name', ['single', 'ensemble'])
+def test_a_model_of_the_version_before_is_saved_as_one_of_this(name, tmp_path):
+    m = load(OLD/name, num_workers=0)
+    folder = save(m, tmp_path/'m', 'ours')
+    for o in folder.glob(f'*{VALUES}'):
+        found = json.loads(o.read_text(encoding='utf-8'))
+        assert found['format'] == 'patchcore_nb model 2' and 'reweight_k' in found['params'] and 'b' not in found['params']
+    again, images = load(folder), [demo_sample('cog', 'test', i)[0] for i in (0, 12)]
+    assert torch.equal(again.predict(images).anomaly_maps, m.predict(images).anomaly_maps) and again.threshold_ == m.threshold_
+
+def test_the_models_of_the_version_before_are_small(): assert sum(len(o) for o in contents(OLD).values()) < 100_000
+
+
+# What is written is one moment of a model
+
+def test_saved_beside_partial_fit(tmp_path):
+    "Files that belong together: the model before, or after."
+    m = PatchCore('filterbank', **SMALL | dict(num_workers=0)).fit(IMAGES[:2])
+    lone = m.memory_bank_
+    thread = Thread(target=m.partial_fit, args=(IMAGES[2:],))
+    thread.start()
+    banks = []
+    while thread.is_alive() or not banks: banks.append(load(save(m, tmp_path/'m', 'ours')).memory_bank_)
+    thread.join()
+    assert all(torch.equal(o, lone) or torch.equal(o, m.memory_bank_) for o in banks)
