@@ -80,7 +80,7 @@ def is_over_seeds(
 
 def results_table(
     report, # a table, of a `Run`
-)->'pd.DataFrame': # a row per category
+)->object: # a table, a row per category
     "Take what a person wants to see of a report."
     import pandas as pd
     from patchcore_nb.results import REFERENCE_COLUMNS

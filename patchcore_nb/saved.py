@@ -24,7 +24,7 @@ from .cli import report_arguments, show_run
 # %% ../nbs/12a_saved.ipynb #a323a705
 def picture_folders(
     folder:Path, # of the results
-    categories:'Sequence[Category]',
+    categories:Sequence, # of `Category`
 )->Callable: # category -> folder of its pictures
     "Say where pictures go: all into one folder, unless two categories would write the same one."
     from patchcore_nb.results import picture_name
@@ -144,7 +144,7 @@ def check_written(
 
 # %% ../nbs/12a_saved.ipynb #8fa75035
 def map_picture(
-    values:'np.ndarray', # (H, W) anomaly map of an image's size, NaN where the network saw nothing
+    values, # (H, W) array, the anomaly map of an image's size, NaN where the network saw nothing
     image,               # as it was given to `predict`
     ending:str,          # "tiff": the values themselves; "png": overlay
     scale:tuple[float,float], # as `colour_scale` gives it
