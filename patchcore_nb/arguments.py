@@ -52,7 +52,8 @@ def data_arguments(
 )->dict: # arguments of `PatchCore`
     "Name the flags of dataset that say how images are cut and shared out as `PatchCore` does."
     imagesize = None if data['no_crop'] else data['imagesize']
-    return dict(resize=data['resize'], imagesize=imagesize, augment=data['augment'], train_val_split=data['train_val_split'])
+    shared = {o: data[o] for o in ('augment', 'train_val_split')}
+    return dict(resize=data['resize'], imagesize=imagesize) | shared
 
 # %% ../nbs/12_arguments.ipynb #90d46a14
 def given_arguments(
@@ -213,7 +214,7 @@ def make_model(
 def dataset_arguments(
     data:dict, # flags of dataset
 )->dict: # options of the dataset's own
-    "Take the options that only some datasets have; refuse those that this one has not, and a category that is named twice."
+    "Take the options that only some datasets have; refuse others, and a category that is named twice."
     from patchcore_nb.categories import check_options
     own = 'normal', 'abnormal', 'masks', 'test_normal'
     options = {o: data[o] for o in own if data[o] is not None}

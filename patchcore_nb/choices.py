@@ -58,7 +58,9 @@ class Or(click.ParamType):
         word:str,    # which means None
         metavar:str, # as help shows the two
     ):
-        self.kind, self.word, self.metavar = kind, word, metavar
+        self.kind = kind
+        self.word = word
+        self.metavar = metavar
 
     def get_metavar(self, param, ctx=None): return self.metavar
 
@@ -79,7 +81,9 @@ class Named(click.ParamType):
         *more:str,      # further names that are taken
         shown:bool=True, # in help, in place of TEXT?
     ):
-        self.table, self.more, self.shown = table, more, shown
+        self.table = table
+        self.more = more
+        self.shown = shown
 
     def names(self)->list[str]: return [*self.table, *self.more]
 
@@ -87,7 +91,8 @@ class Named(click.ParamType):
         if not self.shown: return None # which shows TEXT
         return f"[{'|'.join(self.names())}]"
 
-    def shell_complete(self, ctx, param, incomplete): return [CompletionItem(o) for o in self.names() if o.startswith(incomplete)]
+    def shell_complete(self, ctx, param, incomplete):
+        return [CompletionItem(o) for o in self.names() if o.startswith(incomplete)]
 
 class Listed(click.Option):
     "An option whose help lists the names of its table, at the place of {names}."

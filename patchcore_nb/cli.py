@@ -18,7 +18,7 @@ from .answers import *
 from .arguments import *
 from .base import *
 from .choices import *
-from .choices import CACHE, FAISS_NUM_WORKERS, FAISS_ON_GPU, GPU, LANG, NO_REPORT, PICTURES, WEIGHTS_DIR, dataset, patch_core, patch_core_loader, sampler
+from .choices import CACHE, GPU, LANG, NO_REPORT, PICTURES, dataset, patch_core, patch_core_loader, sampler
 from .names import PRESETS
 
 # %% ../nbs/12_cli.ipynb #c306a61e
@@ -40,7 +40,9 @@ MODEL_FORMATS = 'both', 'ours', 'reference'
 @click.option('--memory_budget', default=None, help='Memory that may be taken: bytes, 600MB, 2GB; what is free if not given. Over it, patch embeddings go to a file in the results folder.')
 @CACHE
 def cli(**kw):
-    "Find defects in images after seeing only good ones: RESULTS_PATH patch_core [...] sampler [...] dataset [...], or with saved models RESULTS_PATH patch_core_loader [...] dataset [...]"
+    """Find defects in images after seeing only good ones:
+    RESULTS_PATH patch_core [...] sampler [...] dataset [...],
+    or with saved models RESULTS_PATH patch_core_loader [...] dataset [...]"""
 
 cli.add_command(patch_core)
 cli.add_command(sampler)
@@ -55,8 +57,9 @@ def main(
     speak(cli, 'patchcore_nb_run', args, 'interrupted: --resume goes on with this run')
 
 # %% ../nbs/12_cli.ipynb #7c16851f
-COLUMNS = {'image_auroc': 'image AUROC', 'pixel_auroc': 'pixel AUROC', 'anomaly_pixel_auroc': 'anomaly pixel AUROC',
-           'threshold': 'threshold', 'false_alarms': 'false alarms', 'missed': 'missed'}
+COLUMNS = { # metric -> what a person calls it, in this order
+    'image_auroc': 'image AUROC', 'pixel_auroc': 'pixel AUROC', 'anomaly_pixel_auroc': 'anomaly pixel AUROC',
+    'threshold': 'threshold', 'false_alarms': 'false alarms', 'missed': 'missed'}
 
 def with_deviation(
     report, # a table, a row per category
@@ -138,7 +141,8 @@ def output_arguments(
 )->dict: # arguments of `run`
     "Say what the flags ask to be written."
     written = dict(save_model=group['save_patchcore_model'], pictures=group['save_segmentation_images'])
-    return written | dict(model_format=group['model_format'], resume=group['resume'], **report_arguments(group))
+    same = {o: group[o] for o in ('model_format', 'resume')}
+    return written | same | report_arguments(group)
 
 def check_seeds(
     seeds:Sequence[int],    # as --seed gives them
@@ -183,7 +187,8 @@ def fit_and_judge(
 ):
     "Fit a model to each category, judge it, and show the results."
     from patchcore_nb.experiment import run, run_seeds
-    core, data = flags['patch_core'], flags['dataset']
+    core = flags['patch_core']
+    data = flags['dataset']
     model = checked_model(flags, group)
     check_seeds(group['seed'], core['backbone_names'])
     where = group['results_path'], group['log_project'], group['log_group']
@@ -204,7 +209,8 @@ def judge_models(
     "Judge saved models in a folder of their own, like a run, and show the results."
     from patchcore_nb.experiment import judge_saved
     from patchcore_nb.results import run_folder
-    loader, data = flags['patch_core_loader'], flags['dataset']
+    loader = flags['patch_core_loader']
+    data = flags['dataset']
     refuse(group, ONLY_FITTING, 'is for fitting, and saved models are fitted')
     if len(group['seed']) > 1: raise click.UsageError('several --seed are for fitting, and saved models are fitted: give one')
     refuse(data, ('augment', 'train_val_split'), 'is for fitting, and saved models are fitted')

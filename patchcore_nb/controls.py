@@ -34,10 +34,14 @@ export default { render({ model, el }) {
     };
     const dress = () => {
         img.alt = model.get("alt"); img.title = model.get("hint");
-        img.style.cssText = `display:block;margin:0;max-width:100%;width:${model.get("width")}px;cursor:${model.get("cursor")}`;
+        const size = `max-width:100%;width:${model.get("width")}px`;
+        img.style.cssText = `display:block;margin:0;${size};cursor:${model.get("cursor")}`;
         img.tabIndex = model.get("hint") ? 0 : -1;
     };
-    const tell = (name, what) => { model.set(name, { ...what, n: `${Date.now()}.${n++}` }); model.save_changes(); };
+    const tell = (name, what) => {
+        model.set(name, { ...what, n: `${Date.now()}.${n++}` });
+        model.save_changes();
+    };
     img.addEventListener("click", (e) => {
         const box = img.getBoundingClientRect();
         tell("clicked", { x: (e.clientX - box.left) / box.width, y: (e.clientY - box.top) / box.height });
@@ -50,7 +54,10 @@ export default { render({ model, el }) {
     const watched = { value: show, alt: dress, hint: dress, width: dress, cursor: dress };
     for (const [name, f] of Object.entries(watched)) model.on(`change:${name}`, f);
     dress(); show(); el.appendChild(img);
-    return () => { for (const [name, f] of Object.entries(watched)) model.off(`change:${name}`, f); if (url) URL.revokeObjectURL(url); };
+    return () => {
+        for (const [name, f] of Object.entries(watched)) model.off(`change:${name}`, f);
+        if (url) URL.revokeObjectURL(url);
+    };
 } };
 '''
 

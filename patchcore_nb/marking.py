@@ -16,16 +16,18 @@ from .core import *
 from .verdicts import *
 
 # %% ../nbs/11_marking.ipynb #686d8427
-KEYS = ['g', 'd', 'ArrowLeft', 'ArrowRight', 'Backspace']
+KEYS = { # key -> what it does, for the hint
+    'g': 'g: good', 'd': 'd: defective', 'Backspace': 'Backspace: take the verdict back',
+    'ArrowLeft': 'left: the image before', 'ArrowRight': 'right: the image after'}
 
 class LabellerParts:
     "The controls and views of the labeller."
     def __init__(self,
         verdicts:Verdicts, # the table
     ):
-        hint = 'g: good, d: defective, left and right: the images before and after, Backspace: take the verdict back'
-        self.picture = Picture(hint=hint, listens=KEYS)
-        first, last = next_open(verdicts) or 0, len(verdicts)-1
+        self.picture = Picture(hint=', '.join(KEYS.values()), listens=list(KEYS))
+        first = next_open(verdicts) or 0
+        last = len(verdicts)-1
         self.at = W.IntSlider(first, 0, last, description='image', **wide())
         self.kind = W.Combobox(value='defect', options=[], ensure_option=False, description='kind', **wide())
         self.good = button('good (g)', lambda: self.mark('good'), 120, 'success')
@@ -54,7 +56,8 @@ class Labeller(LabellerParts):
         side:int,          # the longer one of the picture, in pixels
     ):
         super().__init__(verdicts)
-        self.v, self.side = verdicts, side
+        self.v = verdicts
+        self.side = side
         self.picture.on_key(self.press)
         on_change([self.at], self.show)
         self.show()
@@ -86,7 +89,8 @@ class Labeller(LabellerParts):
 
     def show(self):
         "Show image and verdict, and how far one is."
-        i, path = self.at.value, self.v.images[self.at.value]
+        i = self.at.value
+        path = self.v.images[self.at.value]
         im, self.error.value = photograph(path, self.side)
         self.picture.show(im, path.name)
         counts = tally_verdicts(self.v)
@@ -104,6 +108,7 @@ def labeller(
     "Mark good and defective images, and keep the verdicts in a table."
     table = Path(folder)/'verdicts.csv' if path is None else path
     b = Labeller(open_verdicts(folder, table, category), side)
-    said, moved = W.HBox([b.good, b.bad]), W.HBox([b.back, b.next])
+    said = W.HBox([b.good, b.bad])
+    moved = W.HBox([b.back, b.next])
     controls = W.VBox([b.title, said, b.kind, moved, b.at, b.error, b.said])
     return Instrument('labeller', [side_by_side(b.picture, controls)], b)

@@ -143,7 +143,8 @@ def give_verdict(
     kind:str|None,     # "good", a kind of defect, or None: take the verdict back
 ):
     "Say what an image is, and write it down."
-    row, rows = verdicts.row(i), list(verdicts.rows)
+    row = verdicts.row(i)
+    rows = list(verdicts.rows)
     label = kind if kind in (None, 'good') else check_kind(kind)
     new = [] if label is None else [labelled(verdicts, i, label)]
     same = [j for j, o in enumerate(rows) if o is row]
@@ -199,7 +200,8 @@ def tally_html(
 )->str: # HTML
     "Show how far one is, as a bar and in words."
     total = sum(counts.values()) or 1
-    bars, words = [], []
+    bars = []
+    words = []
     for said, n in counts.items():
         bars.append(coloured_bar(300*n/total, colour_of(said)))
         is_told = n or said in ('good', None)

@@ -17,6 +17,7 @@ from scipy.integrate import trapezoid
 
 from patchcore_nb import budget, experiment, patchcore
 from patchcore_nb.cli import main
+from patchcore_nb.embedder import Embedder
 from patchcore_nb.core import ArgumentError, DataError
 from patchcore_nb.data import load_category, make_miniature
 from patchcore_nb.demo import demo_sample
