@@ -1,22 +1,35 @@
-"PatchCore as an estimator: any images, any size, more of them, fewer of them, and what scikit-learn expects."
+"PatchCore as an estimator: any images, any size, more of them, fewer of them, threads, copies, and what scikit-learn expects."
+import copy
 import inspect
+import multiprocessing
+import pickle
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
+import joblib
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_score
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import FunctionTransformer
+from sklearn.utils.validation import check_is_fitted
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from patchcore_nb import left_out
+from patchcore_nb import changes, fitting, left_out
 from patchcore_nb.core import ArgumentError, DataError
 from patchcore_nb.data import Category, Preprocess, Sample, load_category, make_miniature, read_masks
+from patchcore_nb.embedder import Embedder
+from patchcore_nb.embedding import RUNTIME
 from patchcore_nb.ensemble import Ensemble
+from patchcore_nb.evaluation import auroc
 from patchcore_nb.items import as_items
-from patchcore_nb.patchcore import PatchCore
+from patchcore_nb.patchcore import PARAMS, PatchCore
 from patchcore_nb.store import load, save
 from patchcore_nb.thresholds import calibrate
 
@@ -327,3 +340,326 @@ def test_a_loaded_model_does_not_keep_half_a_calibration(tmp_path):
     again = load(tmp_path/'m', device='cpu')
     with pytest.warns(UserWarning, match='not at hand'): again.partial_fit(images[24:])
     assert again.threshold_ is None and len(m.partial_fit(images[24:]).calibration_) == 20
+
+
+# scikit-learn takes it
+
+@pytest.fixture(scope='module')
+def cogs(demo_root): # paths, and labels: 1 = defective
+    "Good cogs to learn from, and cogs of both kinds to judge, as scikit-learn wants them: together."
+    cog = load_category('demo', demo_root, 'cog')
+    samples = [*cog.train[:12], *cog.test]
+    return [str(o.path) for o in samples], np.array([int(o.label) for o in samples])
+
+QUICK = dict(backbone='filterbank', resize=96, imagesize=96, target_dim=64, ratio=.1, device='cpu', num_workers=0, false_alarms=None)
+
+def folds(): return StratifiedKFold(2, shuffle=True, random_state=0)
+
+def test_a_grid_search_over_k_and_ratio(cogs):
+    "Labels tell fit which images to leave out, and score which ones to find."
+    paths, labels = cogs
+    grid = GridSearchCV(PatchCore(**QUICK), dict(k=[1, 3], ratio=[.02, .1]), cv=folds(), error_score='raise').fit(paths, labels)
+    best, table = grid.best_estimator_, grid.cv_results_
+    assert best.is_fitted and best.n_images_ == (labels == 0).sum() and (best.k, best.ratio) == (grid.best_params_['k'], grid.best_params_['ratio'])
+    assert len(table['params']) == 4 and grid.best_score_ == table['mean_test_score'].max() > .6
+    learn, judge = next(folds().split(paths, labels))
+    alone = PatchCore(**QUICK | dict(k=3, ratio=.02)).fit([paths[i] for i in learn if not labels[i]])
+    seen = alone.predict([paths[i] for i in judge])
+    column = table['params'].index(dict(k=3, ratio=.02))
+    assert table['split0_test_score'][column] == pytest.approx(auroc(seen.image_scores, labels[judge]), abs=1e-9)
+
+def test_a_grid_search_over_an_ensemble(cogs):
+    "An argument of the ensemble is one of all its members."
+    paths, labels = cogs
+    pair = Ensemble([PatchCore(**QUICK, layers=[o]) for o in ('layer2', 'layer3')])
+    grid = GridSearchCV(pair, dict(k=[1, 2]), cv=folds(), error_score='raise').fit(np.array(paths), labels)
+    assert [o.k for o in grid.best_estimator_.members] == [grid.best_params_['k']]*2 and not pair.is_fitted
+    assert grid.best_estimator_.members[0].n_images_ == (labels == 0).sum()
+
+def test_cross_validation(cogs):
+    paths, labels = cogs
+    found = cross_val_score(PatchCore(**QUICK), paths, labels, cv=folds(), error_score='raise')
+    assert found.shape == (2,) and (found > .5).all()
+    for images in (np.array(paths), [np.asarray(Image.open(o)) for o in paths]):
+        assert np.array_equal(cross_val_score(PatchCore(**QUICK), images, labels, cv=folds(), error_score='raise'), found)
+
+def read_all(paths): return [np.asarray(Image.open(o)) for o in paths]
+
+def test_a_pipeline(cogs):
+    "Alone in it, and behind a step that reads the images."
+    paths, labels = cogs
+    steps = [('read', FunctionTransformer(read_all)), ('detector', PatchCore(**QUICK))]
+    pipe = clone(Pipeline(steps)).set_params(detector__k=2, detector__ratio=.02).fit(paths, labels)
+    alone = Pipeline([('detector', PatchCore(**QUICK | dict(k=2, ratio=.02)))]).fit(paths, labels)
+    assert torch.equal(pipe.predict(paths).anomaly_maps, alone.predict(paths).anomaly_maps)
+    assert pipe.get_params()['detector__k'] == 2 and steps[1][1].k == 1 and not steps[1][1].is_fitted
+    assert pipe.score(paths, labels) == alone.score(paths, labels) == auroc(pipe.predict(paths).image_scores, labels)
+    grid = GridSearchCV(Pipeline(steps), {'detector__k': [1, 2]}, cv=folds(), error_score='raise').fit(paths, labels)
+    assert grid.best_estimator_['detector'].k == grid.best_params_['detector__k']
+
+@pytest.mark.parametrize('make', [lambda: PatchCore(**QUICK), lambda: Ensemble([PatchCore(**QUICK), PatchCore(**QUICK)])], ids=['single', 'ensemble'])
+def test_what_is_not_fitted_says_so_to_both(make):
+    "An error of scikit-learn's that is one of ours, from whatever asks."
+    m = make()
+    for ask in (lambda: check_is_fitted(m), lambda: m.predict(IMAGES), lambda: m.threshold_, lambda: m.score(IMAGES, [0, 1]*4)):
+        with pytest.raises(NotFittedError, match='call fit') as e: ask()
+        assert isinstance(e.value, ArgumentError) and isinstance(e.value, AttributeError)
+    for protocol in range(6):
+        again = pickle.loads(pickle.dumps(e.value, protocol))
+        assert isinstance(again, NotFittedError) and isinstance(again, ArgumentError) and str(again) == str(e.value)
+    assert not hasattr(m, 'threshold_') and not Pipeline([('m', m)]).__sklearn_is_fitted__()
+    check_is_fitted(m.fit(IMAGES[:2]))
+
+def test_clones(cogs):
+    a = Ensemble([model(k=2).fit(IMAGES[:2]), model(layers=['layer1']).fit(IMAGES[:2])])
+    b = clone(a)
+    assert b is not a and not b.is_fitted and all(x is not y for x, y in zip(a.members, b.members))
+    assert [o.get_params() for o in b.members] == [o.get_params() for o in a.members]
+
+def test_labels_that_cannot_be():
+    for y, word in (([0]*7, 'shape'), ([0]*7+[2], 'got 2'), ([1]*8, 'all images are labelled defective')):
+        with pytest.raises((ArgumentError, DataError), match=word): model().fit(IMAGES, y)
+
+
+# Copies
+
+@pytest.fixture(scope='module')
+def pair(): return Ensemble([model(layers=('layer2',)), PatchCore('filterbank', **SMALL)]).fit(IMAGES)
+
+@pytest.fixture(params=['single', 'ensemble'])
+def either(request, fitted, pair): return fitted if request.param == 'single' else pair
+
+def as_good(again, m):
+    "The same answers to the last bit, and able to go on."
+    assert torch.equal(again.predict(IMAGES).anomaly_maps, m.predict(IMAGES).anomaly_maps) and again.threshold_ == m.threshold_
+    before = m.predict(IMAGES).image_scores
+    again.members[0].forget(0)
+    assert again.members[0].n_images_ == m.members[0].n_images_-1 and torch.equal(m.predict(IMAGES).image_scores, before)
+
+@pytest.mark.parametrize('protocol', range(pickle.HIGHEST_PROTOCOL+1))
+def test_pickles(either, protocol): as_good(pickle.loads(pickle.dumps(either, protocol)), either)
+
+def test_copies(either): as_good(copy.deepcopy(either), either)
+
+def test_joblib(either, tmp_path):
+    joblib.dump(either, tmp_path/'m')
+    as_good(joblib.load(tmp_path/'m'), either)
+
+def test_torch_save(either, tmp_path):
+    torch.save(either, tmp_path/'m')
+    as_good(torch.load(tmp_path/'m', weights_only=False), either)
+
+@pytest.mark.parametrize('search', ['exact', 'fast', 'fp16', 'int8'])
+def test_pickles_of_every_search(search):
+    m = model(search=search).fit(IMAGES)
+    assert torch.equal(pickle.loads(pickle.dumps(m)).predict(IMAGES).anomaly_maps, m.predict(IMAGES).anomaly_maps)
+
+def test_a_spawned_pool(either):
+    "Another process, which begins with nothing."
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
+        found = [pool.submit(either.predict, o) for o in (IMAGES, IMAGES[:3])]
+        assert torch.equal(found[0].result(timeout=300).anomaly_maps, either.predict(IMAGES).anomaly_maps)
+        assert len(found[1].result(timeout=300)) == 3
+        with pytest.raises(ArgumentError, match='call fit'): pool.submit(model().predict, IMAGES).result(timeout=300)
+
+
+# Set by hand
+
+OTHERS = dict(backbone='resnet34', layers=('layer1',), ratio=.2, sampler='random', k=3, patch_score='mean', patchsize=5, more_patchsizes=(1,), stride=2, pretrain_dim=32, target_dim=32,
+              preprocessing='conv', aggregation='mlp', resize=32, imagesize=56, augment=True, train_val_split=.5, false_alarms=None, confidence=None, denoise=.1, weights='pretrained', seed=5, search='fast',
+              precision='bfloat16', distance='cosine', reweight_k=3, smoothing=2)
+
+def test_no_argument_is_left_out(): assert {*OTHERS, *RUNTIME} == {*PARAMS}
+
+@pytest.mark.parametrize('by', ['hand', 'set_params'])
+@pytest.mark.parametrize('name', OTHERS)
+def test_another_model_is_not_fitted(fitted, name, by):
+    "What says what the model is takes all that was fitted with it."
+    m = copy.deepcopy(fitted)
+    value = getattr(m, name)
+    setattr(m, name, value)
+    assert m.is_fitted # it is as it was
+    if by == 'hand': setattr(m, name, OTHERS[name])
+    else: m.set_params(**{name: OTHERS[name]})
+    assert getattr(m, name) == OTHERS[name] and not m.is_fitted
+    with pytest.raises(ArgumentError, match='call fit'): m.predict(IMAGES)
+
+def test_what_was_set_is_what_is_fitted(fitted):
+    m = copy.deepcopy(fitted)
+    m.k, m.distance, m.resize, m.imagesize = 3, 'cosine', 70, 64
+    want = model(k=3, distance='cosine', resize=70).fit(IMAGES)
+    assert torch.equal(m.fit(IMAGES).predict(IMAGES).anomaly_maps, want.predict(IMAGES).anomaly_maps)
+
+@pytest.mark.parametrize('name, value', [('batch_size', 2), ('num_workers', 0), ('search_threads', 1), ('show', True), ('memory_budget', '4GB'), ('device', 'cpu'), ('search_device', 'cpu')])
+def test_the_same_model_elsewhere(fitted, name, value):
+    "Where and how it is computed takes effect at once, and changes no score."
+    m = copy.deepcopy(fitted)
+    setattr(m, name, value)
+    assert m.is_fitted and getattr(m.embedder_.how, name) == value
+    assert torch.allclose(m.predict(IMAGES).image_scores, fitted.predict(IMAGES).image_scores, rtol=1e-5, atol=0)
+
+def test_a_cache_and_a_folder_take_effect(fitted, tmp_path):
+    m = copy.deepcopy(fitted)
+    m.cache, m.spill_dir = tmp_path/'cache', tmp_path
+    m.predict(IMAGES[:2])
+    assert len(list((tmp_path/'cache').rglob('*.safetensors'))) == 2
+
+def test_a_setting_that_cannot_be_is_refused_and_can_be_mended(fitted):
+    m = copy.deepcopy(fitted)
+    m.batch_size = 0
+    with pytest.raises(ArgumentError, match='batch_size'): m.predict(IMAGES)
+    m.batch_size = 8
+    assert torch.equal(m.predict(IMAGES).image_scores, fitted.predict(IMAGES).image_scores)
+
+VIEWS = [o for o, v in vars(PatchCore).items() if o.endswith('_') and not o.startswith('_') and isinstance(v, property)]
+
+def test_there_are_views(): assert {'memory_bank_', 'threshold_', 'radii_', 'origin_', 'grid_', 'fitted_', 'calibration_', 'pace_'} <= set(VIEWS)
+
+@pytest.mark.parametrize('name', [*VIEWS, 'members', 'is_fitted', 'embedding', 'recipe', 'compute'])
+def test_views_are_read_only(fitted, name):
+    with pytest.raises(AttributeError): setattr(fitted, name, 1)
+
+@pytest.mark.parametrize('name, near', [('nonsense', 'unknown argument'), ('ration', "did you mean 'ratio'"), ('batchsize', "'batch_size'"), ('b', 'unknown argument'), ('scale_to', 'unknown argument'), ('threshold', 'unknown argument')])
+def test_what_does_not_exist_is_refused(fitted, name, near):
+    for how in (lambda: setattr(fitted, name, 1), lambda: fitted.set_params(**{name: 1})):
+        with pytest.raises(ArgumentError, match=near): how()
+    with pytest.raises(ArgumentError, match=near): fitted.set_params(k=3, **{name: 1})
+    assert fitted.is_fitted and fitted.k == 1 # nothing was changed before the refusal
+
+def test_an_ensemble_by_hand(pair):
+    for name in ('k', 'nonsense', 'threshold_', 'units_', 'members'):
+        with pytest.raises((ArgumentError, AttributeError)): setattr(pair, name, 3)
+    m = copy.deepcopy(pair)
+    m.models = m.models[:1]
+    assert len(m) == 1 and torch.equal(m.predict(IMAGES).members[0].image_scores, pair.predict(IMAGES).members[0].image_scores)
+    m.set_params(k=2)
+    assert not m.is_fitted and m.members[0].k == 2
+
+
+# What fails, changes nothing
+
+def broken(*args, **kw): raise OSError('the disk is full')
+def stopped(*args, **kw): raise KeyboardInterrupt
+ODD = np.full((1, 64, 64, 3), np.nan) # an image that cannot be read, behind some that can
+
+FAILURES = {
+    'fit on nothing': lambda m: m.fit([]), 'fit on too few': lambda m: m.fit([IMAGES[0]]*3, [1, 1, 1]), 'fit on odd images': lambda m: m.fit([*IMAGES[:5], ODD[0]]), 'fit on a path that is not there': lambda m: m.fit(['no/such/image.png']),
+    'fit with odd labels': lambda m: m.fit(IMAGES, [3]*8), 'partial_fit on odd images': lambda m: m.partial_fit([*IMAGES[:5], ODD[0]]), 'partial_fit on nothing': lambda m: m.partial_fit([]),
+    'forget of a stranger': lambda m: m.forget(0, 99), 'forget of another image': lambda m: m.forget(0, np.zeros((9, 9, 3), np.uint8)), 'merge': lambda m: m.merge(model(patchsize=5)), 'shrink': lambda m: m.shrink(.5),
+    'predict': lambda m: m.predict([*IMAGES[:5], ODD[0]]), 'set_params': lambda m: m.set_params(k=3, nonsense=1)}
+
+def unchanged(m, before, want):
+    assert m.fitted_ is before and torch.equal(m.predict(IMAGES).anomaly_maps, want.anomaly_maps) and m.threshold_ == want.threshold
+    assert m.embedder_ is before.embedder and m.get_params()['k'] == 1
+
+@pytest.mark.parametrize('how', FAILURES)
+def test_a_failure_leaves_a_fitted_model_as_it_was(fitted, how):
+    m = copy.deepcopy(fitted)
+    before, want = m.fitted_, m.predict(IMAGES)
+    with pytest.raises((ArgumentError, DataError)): FAILURES[how](m)
+    unchanged(m, before, want)
+
+def test_a_check_that_fails_leaves_a_fitted_model_as_it_was(fitted):
+    m = copy.deepcopy(fitted)
+    before, want = m.fitted_, m.predict(IMAGES)
+    m.batch_size = 0
+    with pytest.raises(ArgumentError, match='batch_size'): m.check()
+    with pytest.raises(ArgumentError, match='batch_size'): m.fit(IMAGES[:3])
+    m.batch_size = 8
+    unchanged(m, before, want)
+
+PLACES = {'embedding': (Embedder, 'rows'), 'picking': (fitting, 'coreset'), 'the search': (fitting, 'make_scorer'), 'leaving out': (fitting, 'leave_out')}
+
+@pytest.mark.parametrize('error', [broken, stopped])
+@pytest.mark.parametrize('place', PLACES)
+def test_a_fit_that_is_broken_off_leaves_a_fitted_model_as_it_was(fitted, monkeypatch, place, error):
+    "Anywhere on the way, by an error or by the user."
+    m = copy.deepcopy(fitted)
+    before, want = m.fitted_, m.predict(IMAGES)
+    with monkeypatch.context() as patch:
+        patch.setattr(*PLACES[place], error)
+        with pytest.raises((OSError, KeyboardInterrupt)): m.fit(IMAGES[:6])
+    unchanged(m, before, want)
+    assert m.fit(IMAGES[:6]).n_images_ == 6
+
+@pytest.mark.parametrize('change', ['partial_fit', 'forget', 'shrink'])
+def test_a_change_that_is_broken_off_leaves_a_fitted_model_as_it_was(fitted, monkeypatch, change):
+    m = copy.deepcopy(fitted)
+    before, want = m.fitted_, m.predict(IMAGES)
+    with monkeypatch.context() as patch:
+        patch.setattr(changes, 'make_scorer', broken)
+        with pytest.raises(OSError): dict(partial_fit=lambda: m.partial_fit(IMAGES[::-1]+1), forget=lambda: m.forget(2), shrink=lambda: m.shrink(.01))[change]()
+    unchanged(m, before, want)
+    assert m.forget(2).n_images_ == 7
+
+def test_an_ensemble_of_which_one_member_fails_is_as_it_was(pair):
+    m = copy.deepcopy(pair)
+    before, want = [o.fitted_ for o in m.members], m.predict(IMAGES)
+    with pytest.raises(ArgumentError): m.fit([*IMAGES[:5], ODD[0]])
+    calls, fit = [], PatchCore.fit
+    def second_fails(self, *args):
+        calls.append(self)
+        return fit(self, *args) if len(calls) < 2 else broken()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PatchCore, 'fit', second_fails)
+        with pytest.raises(OSError): m.fit(IMAGES[:6])
+    assert all(o.fitted_ is p for o, p in zip(m.members, before)) and m.threshold_ == pair.threshold_
+    assert torch.equal(m.predict(IMAGES).anomaly_maps, want.anomaly_maps)
+    assert [o.n_images_ for o in m.fit(IMAGES[:6]).members] == [6, 6]
+
+def test_an_ensemble_learns_from_what_can_be_read_once(pair):
+    assert [o.n_images_ for o in clone(pair).fit(o for o in IMAGES).members] == [8, 8]
+
+
+# Several threads, one model
+
+def settings(): return torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+@pytest.fixture
+def tf32(monkeypatch):
+    "Settings as a user may have them, which no call may leave changed."
+    threads, before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(2)
+    torch.set_float32_matmul_precision('high')
+    yield
+    torch.set_float32_matmul_precision(before)
+    torch.set_num_threads(threads)
+
+KINDS = {'filterbank': lambda: PatchCore('filterbank', **SMALL | dict(num_workers=0, search_threads=1)), 'ResNet-18': lambda: model(num_workers=0), 'ensemble': lambda: Ensemble([model(layers=('layer2',), num_workers=0), PatchCore('filterbank', **SMALL)])}
+
+def close(a, b): return torch.allclose(a.image_scores, b.image_scores, rtol=1e-5, atol=0) and (a.patch_scores is None or torch.allclose(a.patch_scores, b.patch_scores, rtol=1e-4, atol=1e-4))
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_two_hundred_predictions_in_four_threads(kind, tf32):
+    "As one after the other; and all that belongs to the process ends as it began."
+    m, began = KINDS[kind]().fit(IMAGES[:5]), settings()
+    alone = [m.predict(IMAGES[i]) for i in range(8)]
+    with ThreadPoolExecutor(4) as pool: found = list(pool.map(lambda i: m.predict(IMAGES[i%8]), range(200)))
+    assert len(found) == 200 and all(close(o, alone[i%8]) for i, o in enumerate(found))
+    assert settings() == began
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_predictions_beside_partial_fit_are_before_or_after(kind, tf32):
+    "Never between: of a model that learns again and again, each answer is that of one moment."
+    new = np.random.default_rng(9).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    m, twin, began = KINDS[kind]().fit(IMAGES[:5]), KINDS[kind]().fit(IMAGES[:5]), settings()
+    moments = [[twin.predict(o) for o in IMAGES]]
+    for o in new:
+        twin.members[0].partial_fit(o)
+        moments.append([twin.predict(o) for o in IMAGES])
+    with ThreadPoolExecutor(5) as pool, warnings.catch_warnings():
+        warnings.simplefilter('ignore') # that an ensemble's threshold is gone
+        answers = [pool.submit(lambda i: (i, m.predict(IMAGES[i%8])), i) for i in range(60)]
+        for o in new: m.members[0].partial_fit(o)
+        answers += [pool.submit(lambda i: (i, m.predict(IMAGES[i%8])), i) for i in range(40)]
+        found = [o.result() for o in answers]
+    for i, o in found: assert any(close(o, at[i%8]) for at in moments)
+    for i, o in found[60:]: assert close(o, moments[-1][i%8])
+    assert settings() == began
+
+def test_fit_beside_fit(tf32):
+    "Two models in two threads are the models that they are alone."
+    began, kinds = settings(), [KINDS['filterbank'], KINDS['ResNet-18']]*2
+    with ThreadPoolExecutor(4) as pool: found = list(pool.map(lambda make: make().fit(IMAGES), kinds))
+    for o, make in zip(found, kinds): assert close(o.predict(IMAGES), make().fit(IMAGES).predict(IMAGES))
+    assert settings() == began
