@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OLD_MEMORY', 'has_threshold', 'promises', 'with_bank', 'held_with', 'learn_more', 'exact_search', 'numbering',
            'forget_images', 'shrink_to', 'check_alike', 'held_by_any', 'join_models', 'computed_by',
-           'check_same_images', 'look_back']
+           'check_same_images', 'look_back', 'with_left_out']
 
 # %% ../nbs/07f_learning_on.ipynb #e7cea99c
 import warnings
@@ -181,3 +181,15 @@ def look_back(
     batches = embedder([items[i] for i in numbers], 'looking back')
     patches = [p.flatten(0, 1).cpu() for batch in batches for p in batch]
     return judge_left_out(fitted.bank, fitted.scorer, torch.tensor(numbers), patches, embedder.grid_)
+
+def with_left_out(
+    fitted:Fitted,
+    images=None, # whatever `as_items` takes of those that were remembered; None: what is known will do
+)->Fitted: # the same, if it knows
+    "Judge the training images, if that is not known."
+    if fitted.bank.origin is None: raise ArgumentError("suspects needs to know which image each patch came from, which the reference's files do not tell: fit again")
+    known = 0 if fitted.left_out is None else len(fitted.left_out.numbers)
+    enough = known if images is None else known == fitted.bank.n_images # of a large memory, fit asks about a hundred images alone
+    if enough: return fitted
+    if images is None: raise ArgumentError('the training images are not at hand any more: pass suspects those that were given to fit')
+    return replace(fitted, left_out=look_back(fitted, as_items(images)))

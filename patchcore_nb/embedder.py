@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['build_extractor', 'DryRun', 'dry_run', 'check_patchsizes', 'build_aggregator', 'Embedder', 'replace_weights',
-           'Looked', 'show_images', 'with_turns']
+           'Looked', 'show_images', 'find_embedder', 'with_turns']
 
 # %% ../nbs/07a_embedder.ipynb #9f087637
 import copy, dataclasses, math
@@ -262,6 +262,17 @@ def lend(self:Embedder,
     wanted = what.backbone, what.weights, what.seed, str(how.weights_dir), str(how.device)
     own = hasattr(self.backbone, 'calibrate')
     return self.backbone if mine == wanted and not own else None
+
+def find_embedder(
+    what:Embedding,
+    how:Compute,
+    ready:Embedder|None=None,     # not calibrated; is taken if it is the one
+    others:Sequence[Embedder]=(), # which may have the backbone
+)->Embedder: # not calibrated
+    "Find an embedder that serves, or build one, with a backbone that can be shared if there is one."
+    if ready and ready.what == what: return ready.with_compute(how)
+    lent = (o.lend(what, how) for o in others)
+    return Embedder(what, how, next((o for o in lent if o is not None), None))
 
 # %% ../nbs/07a_embedder.ipynb #5fce79a0
 def with_turns(

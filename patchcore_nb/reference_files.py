@@ -21,7 +21,8 @@ from torch import Tensor
 from .core import *
 from .embedding import split_seed
 from .model_files import MOST, Wanted, at_size, wake
-from .patchcore import PatchCore, as_tuple, reference_name
+from .backbones import reference_name
+from .patchcore import PatchCore, as_tuple
 
 # %% ../nbs/08_reference_files.ipynb #5691fcc8
 HEADER = struct.Struct('<4siqqqBiQ') # kind, D, M, two fillers, trained, metric, number of floats: 45 bytes
