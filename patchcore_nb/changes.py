@@ -20,6 +20,7 @@ from .data import hold_out
 from .embedder import with_turns
 from .embedding import Compute, differences
 from .fitting import Fitted, check_kept, find_calibration, make_scorer, memory_load, plan_for
+from .items import as_items
 from .left_out import LeftOut, judge_left_out
 from .memory_bank import MemoryBank, digest_images, known_radius, places
 from .names import SEARCHES
