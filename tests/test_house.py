@@ -44,8 +44,8 @@ def pictures(outputs): return [o for o in outputs if any(k in o.get('data', {}) 
 
 
 # Who may import whom. The stages 01 to 06 know 00 alone, and what is sorted before them within their own number.
-# 08 knows 01 and 06, because a saved model says how images are cut and what scores are held against; 09 knows 01, because a report shows test images, whose masks are read by the rules of the data.
-MAY = {0: set(), **dict.fromkeys(range(1, 7), {0}), 8: {0, 1, 6, 7}, 9: {0, 1, 6, 7}, 12: set(range(11))}
+# 08 knows 01, 02 and 06, because a saved model says how images are cut, what the reference calls a backbone, and what scores are held against; 09 knows 01, because a report shows test images, whose masks are read by the rules of the data.
+MAY = {0: set(), **dict.fromkeys(range(1, 7), {0}), 8: {0, 1, 2, 6, 7}, 9: {0, 1, 6, 7}, 12: set(range(11))}
 
 def place(notebook):
     "'02a_filterbank.ipynb' -> (2, '02a_filterbank')"
