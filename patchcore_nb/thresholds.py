@@ -29,7 +29,7 @@ PROMISES = dict(
 )
 
 # %% ../nbs/06c_thresholds.ipynb #4512e7d6
-@dataclass
+@dataclass(frozen=True)
 class Calibration:
     "Scores of good images, the thresholds that follow from them, and what these promise."
     scores:list[float]              # (n,) of good images, ascending
@@ -101,12 +101,10 @@ def calibrate(
     promise = best_promise(scores.size, alpha, confidence, held_out)
     sure = confidence if promise == 'confidence' else None
     order = scores.argsort(kind='stable')
-    found = Calibration(scores[order].tolist(), promise=promise)
-    if promise: found.threshold = conformal_threshold(scores, alpha, sure)
-    if peaks is None: return found
-    found.peaks = peaks[order].tolist()
-    if promise: found.map_threshold = conformal_threshold(peaks, alpha, sure)
-    return found
+    threshold = conformal_threshold(scores, alpha, sure) if promise else None
+    if peaks is None: return Calibration(scores[order].tolist(), None, promise, threshold)
+    map_threshold = conformal_threshold(peaks, alpha, sure) if promise else None
+    return Calibration(scores[order].tolist(), peaks[order].tolist(), promise, threshold, map_threshold)
 
 # %% ../nbs/06c_thresholds.ipynb #eff0a699
 _ENTRIES = [o.name for o in fields(Calibration)]
