@@ -72,7 +72,7 @@ def guess_length(
 # %% ../nbs/00ba_approximate.ipynb #81de2cf9
 @register_search('fast')
 class Fast(Exact):
-    "Nearly exact search: as `Exact`, but lists are cut by a learned margin. Neighbours that are found are measured exactly."
+    "Nearly exact search: as `Exact`, but lists are cut by a learned margin; what they find is exact."
     def _choose(self, rows:Tensor, m:int)->tuple[int,float]: # d; what a query costs
         "Choose the dimensions of the sketch."
         return choose_dims(rows, m, guess_length)
