@@ -232,7 +232,7 @@ class IVFPQ:
 
     def __init__(self):
         "Refuse at once if faiss is not there."
-        try: import faiss
+        try: import faiss # noqa: F401
         except ImportError: raise ArgumentError('search ivfpq needs faiss, which is not installed: pip install faiss-cpu') from None
 
     def fit(self,

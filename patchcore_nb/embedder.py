@@ -8,7 +8,7 @@ __all__ = ['build_extractor', 'DryRun', 'dry_run', 'check_patchsizes', 'build_ag
 
 # %% ../nbs/07a_embedder.ipynb #9f087637
 import copy, dataclasses, math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 

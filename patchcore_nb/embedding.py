@@ -6,8 +6,6 @@
 __all__ = ['RUNTIME', 'MOST_THREADS', 'Embedding', 'settle', 'essence', 'differences', 'Compute', 'check_count', 'check_compute']
 
 # %% ../nbs/07_embedding.ipynb #edb6978c
-import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 

@@ -20,7 +20,7 @@ from .budget import Plan
 from .cache import digest_image
 from .core import *
 from .evaluation import auroc
-from .fitting import Fitted, counts_maps, judge_left
+from .fitting import Fitted, counts_maps
 from .items import as_items, check_labels, is_loader
 from .names import DISTANCES
 from .patchcore import PatchCore, not_fitted

@@ -11,10 +11,9 @@ __all__ = ['SECTIONS', 'REPORT', 'KIND_COLUMNS', 'Outputs', 'Run', 'fit_category
 # %% ../nbs/10_run.ipynb #073f0dfe
 import json, sys, time, warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from .base import renamed
@@ -24,13 +23,13 @@ from .data import Category, check_category
 from .ensemble import Ensemble
 from .intervals import over_seeds
 from .judging import Trial
-from .patchcore import PatchCore
+from .model_files import versions
 from .prediction import Detector
 from .report import render, section, texts
 from .results import (
     INTERVALS, KINDS, METRICS, add_rows, find_unfinished, run_folder, save_pictures, settings_of, with_mean,
     write_json, write_results, write_scores, write_state, write_table, write_tables)
-from .store import formats_for, save, versions
+from .store import formats_for, save
 
 # %% ../nbs/10_run.ipynb #cecc4a6d
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from .build import *
 from .core import *
-from .names import BACKBONES, KNOWN
 
 _all_ = ['create_backbone', 'find_backbone', 'find_weights', 'library_names', 'put_weights', 'read_weights', 'register_backbone', 'split_seed', 'weights_names'] # of build, for all who import extractor
 

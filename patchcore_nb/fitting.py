@@ -23,7 +23,7 @@ from .embedder import Embedder, with_turns
 from .left_out import LeftOut, leave_out, strangeness, take_rows
 from .memory_bank import MemoryBank, digest_images, make_bank
 from .names import SEARCHES
-from .prediction import Prediction, judge
+from .prediction import judge
 from .samplers import coreset, coreset_size
 from .scorer import Rule, Scorer, check_rule
 from .suspects import cleaned, stored_of_others

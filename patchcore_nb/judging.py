@@ -9,7 +9,7 @@ __all__ = ['CHUNK', 'Pixels', 'count_marks', 'seg_f1_of', 'count_pixels', 'sort_
 
 # %% ../nbs/10_judging.ipynb #aa116a66
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -18,7 +18,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .base import renamed
 from .core import *
 from .data import Sample, read_masks
 from .evaluation import evaluate

@@ -18,9 +18,9 @@ from .budget import Plan, spilled
 from .core import *
 from .memory_bank import MemoryBank
 from .samplers import coreset
-from .scorer import Neighbours, Rule, Scorer, Scores, limit_threads, needs_memory, score
+from .scorer import Neighbours, Rule, Scorer, limit_threads, needs_memory, score
 from .search import nearest_neighbours
-from .suspects import cleaned, leave_one_out
+from .suspects import leave_one_out
 
 # %% ../nbs/07c_left_out.ipynb #16acc8b3
 class LeftOut(NamedTuple):

@@ -6,7 +6,6 @@
 __all__ = ['SAMPLERS', 'PATCH_SCORES', 'DISTANCES', 'SEARCHES', 'DATASETS', 'BACKBONES', 'KNOWN', 'PRESETS', 'Known', 'known_of']
 
 # %% ../nbs/00_names.ipynb #d402f8bf
-from collections.abc import Callable
 from typing import NamedTuple
 
 from .base import *
@@ -35,6 +34,15 @@ class Known(NamedTuple):
     tag:str=''               # of its weights in timm; torchvision's are IMAGENET1K_V1
     layers:tuple[str,...]=() # two that suit, the finer first
     lost:str=''              # what became of network or weights, and what to use instead
+
+# %% ../nbs/00_names.ipynb #7e7267c1
+def known_of(
+    line:str, # of the table: name, library, network and tag, layers
+)->tuple[str,Known]:
+    "Read a line of the table."
+    name, library, there, *layers = line.split()
+    network, _, tag = there.partition('.')
+    return name, Known(library, network, tag, tuple(layers))
 
 # %% ../nbs/00_names.ipynb #56fdad19
 _TABLE = '''
@@ -80,15 +88,7 @@ efficientnetv2_m   timm        tf_efficientnetv2_m.in1k blocks.2 blocks.4
 efficientnetv2_l   timm        tf_efficientnetv2_l.in1k blocks.2 blocks.4
 '''
 
-# %% ../nbs/00_names.ipynb #7e7267c1
-def known_of(
-    line:str, # of the table: name, library, network and tag, layers
-)->tuple[str,Known]:
-    "Read a line of the table."
-    name, library, there, *layers = line.split()
-    network, _, tag = there.partition('.')
-    return name, Known(library, network, tag, tuple(layers))
-
+# %% ../nbs/00_names.ipynb #3c5d9e21
 _LOST = {
     'bninception': Known('', lost='it came from the package pretrainedmodels, which is abandoned: '
                                   'the nearest is torchvision:googlenet, pass that'),

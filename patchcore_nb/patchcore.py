@@ -22,7 +22,7 @@ from .changes import computed_by, forget_images, join_models, learn_more, shrink
 from .core import *
 from .embedder import Embedder, find_embedder
 from .embedding import RUNTIME, Compute, Embedding, check_compute, settle
-from .estimator import Estimator, NotFittedError, changing, is_another, not_fitted, view_of
+from .estimator import Estimator, changing, is_another, not_fitted, view_of
 from .evaluation import auroc
 from .fitting import Fitted, Recipe, check_recipe, counts_maps, fit_parts, memory_load, plan_for, split_images
 from .items import as_items, aside_of, check_labels, good_items, item_size

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from .base import renamed
 from .core import *
-from .names import SEARCHES
 from .nearest import *
 from .quantised import *
 

@@ -9,9 +9,7 @@ __all__ = ['LEARNED_OF_BANK', 'OLD_PARAMS', 'LEARNED', 'get_state', 'as_list', '
 # %% ../nbs/07h_state.ipynb #5fea1c2c
 import math, types, typing, warnings
 from collections.abc import Sequence
-from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from .core import *

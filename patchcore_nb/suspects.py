@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .core import *
-from .samplers import coreset
-from .search import SEARCHES, nearest_neighbours
+from .names import SEARCHES
+from .search import nearest_neighbours
 
 # %% ../nbs/04a_suspects.ipynb #fd58cb9a
 def naive_strangers(

@@ -23,7 +23,7 @@ from .embedder import Embedder
 from .evaluation import auroc
 from .fitting import Learned, Recipe, check_recipe, learn, split_images
 from .items import as_items
-from .memory_bank import MemoryBank, smaller_size
+from .memory_bank import smaller_size
 from .nested_search import Nested
 from .patchcore import PatchCore
 from .scorer import Neighbours, Rule, limit_threads, needs_memory, score
