@@ -18,21 +18,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from patchcore_nb.brushes import photograph
 from patchcore_nb.budget import release
+from patchcore_nb.cog import draw_cog
 from patchcore_nb.core import generator
 from patchcore_nb.data import Category, load_category
-from patchcore_nb.demo import (  # the import registers the set
-    DEMO_CATEGORIES,
-    Dice,
-    demo_files,
-    draw_cog,
-    draw_denim,
-    draw_sieve,
-    photograph,
-    png_bytes,
-)
+from patchcore_nb.demo import DEMO_CATEGORIES, demo_files # the import registers the set
+from patchcore_nb.denim import draw_denim
 from patchcore_nb.patchcore import PatchCore
+from patchcore_nb.png import png_bytes
+from patchcore_nb.portable import Dice
 from patchcore_nb.samplers import farthest_points
+from patchcore_nb.sieve import draw_sieve
 
 HERE = Path(__file__).resolve().parent
 DEVICES = ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]

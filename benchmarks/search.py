@@ -20,9 +20,9 @@ from common import (
 from torch import Tensor
 
 from patchcore_nb.core import generator
+from patchcore_nb.names import SEARCHES
 from patchcore_nb.samplers import coreset
 from patchcore_nb.search import (
-    SEARCHES,
     ByProduct,
     Exact,
     Sketch,

@@ -44,8 +44,9 @@ __all__ = [name for name, module in _MODULE.items() if module != 'widgets'] # wh
 def __getattr__(name):
     "Load a name, or a module of this package, when it is first used."
     import importlib, importlib.util
-    if name in _MODULE: value = getattr(importlib.import_module('patchcore_nb.'+_MODULE[name]), name)
-    elif not name.startswith('_') and importlib.util.find_spec('patchcore_nb.'+name): value = importlib.import_module('patchcore_nb.'+name)
+    home = 'patchcore_nb.'+_MODULE.get(name, name)
+    if name in _MODULE: value = getattr(importlib.import_module(home), name)
+    elif not name.startswith('_') and importlib.util.find_spec(home): value = importlib.import_module(home)
     else: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     globals()[name] = value
     return value

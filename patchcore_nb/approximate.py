@@ -72,7 +72,7 @@ def guess_length(
 # %% ../nbs/00ba_approximate.ipynb #81de2cf9
 @register_search('fast')
 class Fast(Exact):
-    "Nearly exact search: as `Exact`, but lists are cut by a learned margin. Neighbours that are found are measured exactly."
+    "Nearly exact search: as `Exact`, but lists are cut by a learned margin; what they find is exact."
     def _choose(self, rows:Tensor, m:int)->tuple[int,float]: # d; what a query costs
         "Choose the dimensions of the sketch."
         return choose_dims(rows, m, guess_length)
@@ -232,7 +232,7 @@ class IVFPQ:
 
     def __init__(self):
         "Refuse at once if faiss is not there."
-        try: import faiss
+        try: import faiss # noqa: F401
         except ImportError: raise ArgumentError('search ivfpq needs faiss, which is not installed: pip install faiss-cpu') from None
 
     def fit(self,

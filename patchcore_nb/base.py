@@ -13,7 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 # %% ../nbs/00_base.ipynb #213b931c
 class PatchCoreError(Exception):
-    "Base of the errors that a user can mend; its first line says what is wrong, with the remedy; a wrong layout's tree follows."
+    "Base of errors that a user can mend; the first line says what and how; a wrong layout's tree follows."
 
 class DataError(PatchCoreError):
     "A file, folder, image or disk is not as it should be (exit status 1)."
@@ -97,7 +97,8 @@ class Registry(MutableMapping):
         return self[name]
 
     def __getitem__(self, name):
-        if name not in self.found and name in self.ours: importlib.import_module('patchcore_nb.'+self.ours[name])
+        if name not in self.found and name in self.ours:
+            importlib.import_module('patchcore_nb.'+self.ours[name])
         if name not in self.found and (promise := self.promised().get(name)):
             value = load_promised(self.what, promise)
             self.found.setdefault(name, value) # or it has registered itself
@@ -105,7 +106,9 @@ class Registry(MutableMapping):
 
     def __setitem__(self, name, value): self.found[name] = value
     def __delitem__(self, name): del self.found[name]
-    def __iter__(self)->Iterator[str]: return iter(dict.fromkeys([*self.ours, *self.found, *sorted(self.promised())]))
+    def __iter__(self)->Iterator[str]:
+        return iter(dict.fromkeys([*self.ours, *self.found, *sorted(self.promised())]))
+
     def __len__(self): return sum(1 for _ in self)
     def __contains__(self, name): return name in self.found or name in self.ours or name in self.promised()
     def __repr__(self): return f"Registry({self.what!r}: {', '.join(self)})"

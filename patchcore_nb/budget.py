@@ -159,7 +159,8 @@ def spilled(
         with tempfile.TemporaryFile(dir=where, prefix='.patches-') as f:
             _reserve(f, n*d*4)
             return torch.from_numpy(np.memmap(f, np.float32, 'r+', shape=(n, d)))
-    except OSError as e: raise disk_error(where/f'a file of {say_size(n*d*4)} for the patch embeddings', e) from None
+    except OSError as e:
+        raise disk_error(where/f'a file of {say_size(n*d*4)} for the patch embeddings', e) from None
 
 # %% ../nbs/00c_budget.ipynb #24c8ffc3
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def in_threads(
 
 # %% ../nbs/00_concurrency.ipynb #d1257efc
 class SharedSetting:
-    "A setting of the process that threads change for a while: the first in saves it, the last out restores it."
+    "A setting of the process that threads change for a while: the first saves it, the last restores it."
     def __init__(self,
         read:Callable,  # () -> its value
         write:Callable, # value -> None

@@ -252,7 +252,7 @@ def _beside(path:Path, kind:str)->Path:
 def replacing(
     path:str|Path, # where the file shall be
 ):
-    "Yield a path beside `path` to write to; on success it takes the place of `path`, on failure it is removed."
+    "Yield a path beside `path` to write to, which takes its place on success and is removed on failure."
     path = Path(path)
     make_folder(path.parent)
     temp = _beside(path, 'tmp')
@@ -277,7 +277,7 @@ def _swap(temp:Path, path:Path, old:Path):
 def replacing_folder(
     path:str|Path, # where the folder shall be; what is there already is replaced
 ):
-    "Yield an empty folder beside `path` to fill; on success it takes the place of `path`, on failure it is removed."
+    "Yield an empty folder beside `path` to fill, which takes its place on success and is removed on failure."
     path = Path(path)
     make_folder(path.parent)
     temp, old = (_beside(path, o) for o in ('tmp', 'old'))

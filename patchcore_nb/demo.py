@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from .core import *
-from .brushes import Product, photograph
-from .categories import Category, list_images, load_category, register_dataset
-from .cog import COG, draw_cog
-from .denim import DENIM, draw_denim
+from .brushes import Product
+from .categories import Category, list_images, register_dataset
+from .cog import COG
+from .denim import DENIM
 from .mvtec import mvtec
 from .png import png_bytes
-from .portable import SIZE, Dice
-from .sieve import SIEVE, draw_sieve
+from .portable import Dice
+from .sieve import SIEVE
 
 # %% ../nbs/01a_demo.ipynb #0fef11d1
 PRODUCTS:dict[str,Product] = dict(denim=DENIM, sieve=SIEVE, cog=COG)

@@ -11,10 +11,9 @@ __all__ = ['SECTIONS', 'REPORT', 'KIND_COLUMNS', 'Outputs', 'Run', 'fit_category
 # %% ../nbs/10_run.ipynb #073f0dfe
 import json, sys, time, warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from .base import renamed
@@ -24,12 +23,13 @@ from .data import Category, check_category
 from .ensemble import Ensemble
 from .intervals import over_seeds
 from .judging import Trial
-from .patchcore import PatchCore
+from .model_files import versions
 from .prediction import Detector
 from .report import render, section, texts
-from .results import (INTERVALS, KINDS, METRICS, add_rows, find_unfinished, run_folder, save_pictures, settings_of,
-                                  with_mean, write_json, write_results, write_scores, write_state, write_table, write_tables)
-from .store import formats_for, save, versions
+from .results import (
+    INTERVALS, KINDS, METRICS, add_rows, find_unfinished, run_folder, save_pictures, settings_of, with_mean,
+    write_json, write_results, write_scores, write_state, write_table, write_tables)
+from .store import formats_for, save
 
 # %% ../nbs/10_run.ipynb #cecc4a6d
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def fit_category(
 def search_recall(
     model:Detector, # fitted
 )->float|None: # in [0, 1]; None: the search is exact
-    "Find the share of nearest neighbours that an approximate search finds; of an ensemble, the worst member's."
+    "Find the share of neighbours that an approximate search finds; of an ensemble, the worst member's."
     found = [getattr(o.scorer_.search_, 'recall_', None) for o in model.members]
     return min((o for o in found if o is not None), default=None)
 
@@ -113,11 +113,14 @@ def report_category(
     "Predict and judge a category; write all that is wanted of it but the model."
     log = []
     trial = predict_category(model, category, folder, log)
+    show = model.members[0].show
     if pictures:
-        with stage(log, 'pictures'): save_pictures(trial.prediction, category.test, pictures, model.members[0].show)
+        with stage(log, 'pictures'): save_pictures(trial.prediction, category.test, pictures, show)
     suspects = find_suspects(model, category)
-    if suspects is not None: write_table(suspects, make_folder(folder/'suspects')/f'{category.key}.csv', index=False)
-    if outputs.report: write_section(folder, model, category, trial, suspects, stages+[o._asdict() for o in log])
+    if suspects is not None:
+        write_table(suspects, make_folder(folder/'suspects')/f'{category.key}.csv', index=False)
+    stages = stages+[o._asdict() for o in log]
+    if outputs.report: write_section(folder, model, category, trial, suspects, stages)
     return trial.metrics
 
 # %% ../nbs/10_run.ipynb #d360665d
@@ -126,7 +129,8 @@ def fit_stages(
 )->list[dict]: # plain values
     "List what the steps of the fit took, of each member of an ensemble."
     several = len(model.members) > 1 or isinstance(model, Ensemble)
-    return [o._asdict()|(dict(member=i+1) if several else {}) for i, m in enumerate(model.members) for o in m.stages_]
+    stages = [(i, o) for i, m in enumerate(model.members, 1) for o in m.stages_]
+    return [o._asdict()|(dict(member=i) if several else {}) for i, o in stages]
 
 def one_category(
     model:Detector, # not fitted
@@ -140,7 +144,8 @@ def one_category(
     if outputs.save_model:
         with stage(saving, 'save'): save(model, folder/'models'/category.key, outputs.model_format)
     pictures = folder/'segmentation_images'/category.key if outputs.pictures else None
-    return report_category(model, category, folder, pictures, outputs, fit_stages(model)+[o._asdict() for o in saving])
+    stages = fit_stages(model)+[o._asdict() for o in saving]
+    return report_category(model, category, folder, pictures, outputs, stages)
 
 # %% ../nbs/10_run.ipynb #43e68725
 SECTIONS, REPORT = 'report', 'report.html'
@@ -172,7 +177,8 @@ def write_report(
     lost = [o for o, p in paths.items() if not p.is_file()]
     if lost: warnings.warn(f"{', '.join(lost)} was done without a report, and is missing in {REPORT}: its metrics are in {METRICS}")
     sections = [json.loads(p.read_text(encoding='utf-8')) for o, p in paths.items() if o not in lost]
-    with replacing(Path(folder)/REPORT) as temp: temp.write_text(render(sections, head, lang), encoding='utf-8')
+    page = render(sections, head, lang)
+    with replacing(Path(folder)/REPORT) as temp: temp.write_text(page, encoding='utf-8')
     return Path(folder)/REPORT
 
 # %% ../nbs/10_run.ipynb #c148e660
@@ -184,7 +190,8 @@ def report_head(
     "Say what the report says of the run itself."
     plain = {k: v for k, v in settings.items() if k not in ('samples_sha256', 'outputs')}
     device = str(pick_device(model.members[0].device))
-    return dict(command=command, date=time.strftime('%Y-%m-%d %H:%M'), device=device, versions=versions(), settings=plain)
+    date = time.strftime('%Y-%m-%d %H:%M')
+    return dict(command=command, date=date, device=device, versions=versions(), settings=plain)
 
 # %% ../nbs/10_run.ipynb #c6f31cf2
 def check_test(category:Category):
@@ -224,7 +231,8 @@ def run(
     said = formats_for(model, model_format)[2] if save_model else ''
     checked = check_run(model, categories)
     if said: warnings.warn(said)
-    settings = settings_of(model, categories, save_model=save_model, pictures=pictures, model_format=model_format)
+    wanted = dict(save_model=save_model, pictures=pictures, model_format=model_format)
+    settings = settings_of(model, categories, **wanted)
     found = find_unfinished(results, project, group, settings) if resume else None
     folder, done = found or (run_folder(results, project, group), pd.DataFrame())
     write_state(folder, settings, done, complete=False)
@@ -246,7 +254,9 @@ def run_all(
         if o.key in done.index: continue
         metrics = one_category(model.fresh(), o, folder, outputs)
         done = pd.concat([done, pd.DataFrame(metrics, [o.key])])
-        if outputs.report: write_report(folder, list(done.index), outputs.lang, **report_head(model, settings, outputs.command))
+        if outputs.report:
+            head = report_head(model, settings, outputs.command)
+            write_report(folder, list(done.index), outputs.lang, **head)
         write_state(folder, settings, done, complete=len(done) == len(categories))
     return done
 
@@ -300,11 +310,11 @@ def run_seeds(
     found = find_unfinished(results, project, group, settings) if resume else None
     folder, done = found or (run_folder(results, project, group), pd.DataFrame(columns=['seed']))
     done = done.set_axis([o.partition('/')[2] for o in done.index]) if len(done) else done
-    before = len(done)
+    before, home = len(done), Path(results)/project
     if not before: write_state(folder, settings, pd.DataFrame(), False)
     for s in seeds:
         if s in set(done.seed): continue
-        one = run(reseeded(model, s), find(s), Path(results)/project, folder.name, f'seed_{s}', resume=resume, **outputs)
+        one = run(reseeded(model, s), find(s), home, folder.name, f'seed_{s}', resume=resume, **outputs)
         new = one.report.drop('Mean').assign(seed=s)
         done = pd.concat([done, new]) if len(done) else new
         table = write_seeds(folder, settings, done, seeds)
@@ -342,10 +352,13 @@ def judge_saved(
         searches |= {m.search: None for m in model.members if m.search != 'exact'}
         done = pd.concat([done, pd.DataFrame(metrics, [o.key])])
         write_tables(folder, done)
-        if report: write_report(folder, list(done.index), lang, **report_head(model, settings_of(model, categories), command))
+        if report:
+            head = report_head(model, settings_of(model, categories), command)
+            write_report(folder, list(done.index), lang, **head)
     return Run(folder, with_mean(done), 0, tuple(searches))
 
 # %% ../nbs/10_run.ipynb #94ed928a
-__getattr__ = renamed(__name__, judge='judging.judge', Pixels='judging.Pixels', read_pixels='judging.read_pixels', at_threshold='judging.at_threshold',
-                      Nested='nested_search.Nested', sweep='sweeping.sweep',
-                      **{o: f'results.{o}' for o in ('REFERENCE_COLUMNS', 'SETTINGS', 'JPEG', 'picture_name')})
+__getattr__ = renamed(__name__,
+    judge='judging.judge', Pixels='judging.Pixels', read_pixels='judging.read_pixels',
+    at_threshold='judging.at_threshold', Nested='nested_search.Nested', sweep='sweeping.sweep',
+    **{o: f'results.{o}' for o in ('REFERENCE_COLUMNS', 'SETTINGS', 'JPEG', 'picture_name')})

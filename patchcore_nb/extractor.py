@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'find_layers', 'listen', 'lay_out', 'Cut', 'find_cut', 'tokens_to_map', 'pad_images', 'to_map',
            'Extractor', 'map_shapes', 'create_backbone', 'find_backbone', 'find_weights', 'library_names',
-           'put_weights', 'read_weights', 'register_backbone', 'split_seed', 'weights_names']
+           'put_weights', 'read_weights', 'register_backbone', 'split_seed', 'weights_names', 'BACKBONES', 'KNOWN']
 
 # %% ../nbs/02_extractor.ipynb #d35d2d31
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ from .build import *
 from .core import *
 from .names import BACKBONES, KNOWN
 
-_all_ = ['create_backbone', 'find_backbone', 'find_weights', 'library_names', 'put_weights', 'read_weights', 'register_backbone', 'split_seed', 'weights_names'] # of build, for all who import extractor
+_all_ = ['create_backbone', 'find_backbone', 'find_weights', 'library_names', 'put_weights', 'read_weights', 'register_backbone', 'split_seed', 'weights_names', 'BACKBONES', 'KNOWN'] # of build and names, for all who import extractor
 
 # %% ../nbs/02_extractor.ipynb #bcb2f60e
 def find_layers(

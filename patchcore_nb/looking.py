@@ -7,8 +7,6 @@ __all__ = ['ARROWS', 'WALKED', 'STEPS', 'threshold_slider', 'explorer_parts', 'W
            'explorer', 'WhyParts', 'Asked', 'Why', 'why']
 
 # %% ../nbs/11_looking.ipynb #b1f0254b
-from collections.abc import Sequence
-
 import ipywidgets as W
 import numpy as np
 from PIL import ImageDraw

@@ -68,7 +68,8 @@ def promise(self:Prediction)->str|None: # a key of `thresholds.PROMISES`, or Non
 @patch(as_prop=True)
 def p_values(self:Prediction)->Tensor|None: # (B,) in (0, 1], or None
     "How probable so high a score is for a good image."
-    return None if self.calibration is None else torch.from_numpy(self.calibration.p_values(self.image_scores))
+    if self.calibration is None: return None
+    return torch.from_numpy(self.calibration.p_values(self.image_scores))
 
 @patch(as_prop=True)
 def regions(self:Prediction)->Tensor|None: # (B, H, W) bool, or None

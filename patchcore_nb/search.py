@@ -21,7 +21,6 @@ from torch import Tensor
 
 from .base import renamed
 from .core import *
-from .names import SEARCHES
 from .nearest import *
 from .quantised import *
 
@@ -58,7 +57,7 @@ def product(
     a:Tensor, # (n, D) float32, contiguous
     b:Tensor, # (m, D) float32, contiguous
 )->Tensor: # (n, m)
-    "Multiply a by b transposed; on a CPU as a convolution of 1 x 1, which on some processors is twice as fast as the BLAS."
+    "Multiply a by b transposed; on a CPU by a 1 x 1 convolution, on some processors twice as fast as BLAS."
     if a.device.type != 'cpu': return a @ b.T
     image = a.view(1, len(a), 1, -1).permute(0, 3, 1, 2) # (1, D, n, 1)
     kernel = b[:, :, None, None] # (m, D, 1, 1)
@@ -278,14 +277,15 @@ def __call__(self:Exact,
     "Search the memory bank."
     check_k(k, len(self.memory_bank_))
     queries = queries.float()
-    if not self._in_groups(k) or not len(queries): return nearest_neighbours(queries, self.memory_bank_, k, self.centre_)
+    if not self._in_groups(k) or not len(queries):
+        return nearest_neighbours(queries, self.memory_bank_, k, self.centre_)
     def work(share): return self._search(queries[share], k)
     dists, idxs = joined(in_threads(work, len(queries), queries.device))
     return dists.square_(), idxs
 
 # %% ../nbs/00b_search.ipynb #7f0abbf9
-_all_ = ['naive_neighbours', 'nearest_neighbours', 'at_once', 'pair_dists', 'topk_per_query', 'check_k', 'merge_neighbours', 'SLACK',
-         'register_search', 'ByProduct', 'Codes', 'encode', 'int8_works', 'GROUP', 'whole_product', 'Target', 'make_target',
-         'least_value', 'search_block', 'open_groups'] # of the notebooks before
+_all_ = ['naive_neighbours', 'nearest_neighbours', 'at_once', 'pair_dists', 'topk_per_query', 'check_k',
+         'merge_neighbours', 'SLACK', 'register_search', 'ByProduct', 'Codes', 'encode', 'int8_works',
+         'GROUP', 'whole_product', 'Target', 'make_target', 'least_value', 'search_block', 'open_groups'] # of the notebooks before
 _MOVED = 'others', 'measure_recall', 'guess_length', 'Fast', 'Half', 'Eight', 'IVFPQ' # to the one after
 __getattr__ = renamed(__name__, **{o: f'approximate.{o}' for o in _MOVED})

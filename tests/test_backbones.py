@@ -12,7 +12,7 @@ from patchcore_nb.core import ArgumentError, DataError
 from patchcore_nb.demo import demo_sample
 from patchcore_nb.extractor import Extractor, create_backbone, find_backbone, map_shapes, pad_images, weights_names
 from patchcore_nb.patchcore import PatchCore
-from patchcore_nb.store import not_in_reference
+from patchcore_nb.reference_files import not_in_reference
 
 REFERENCE = '''alexnet bninception resnet18 resnet50 resnet101 resnext101 resnet200 resnest50 resnetv2_50_bit resnetv2_50_21k resnetv2_101_bit
 resnetv2_101_21k resnetv2_152_bit resnetv2_152_21k resnetv2_152_384 resnetv2_101 vgg11 vgg19 vgg19_bn wideresnet50 wideresnet101 mnasnet_100 mnasnet_a1

@@ -15,12 +15,12 @@ import pytest
 import torch
 from scipy.integrate import trapezoid
 
-from patchcore_nb import budget, experiment, patchcore
+from patchcore_nb import budget, experiment, fitting, judging
 from patchcore_nb.cli import main
-from patchcore_nb.embedder import Embedder
 from patchcore_nb.core import ArgumentError, DataError
 from patchcore_nb.data import load_category, make_miniature
 from patchcore_nb.demo import demo_sample
+from patchcore_nb.embedder import Embedder
 from patchcore_nb.ensemble import Ensemble
 from patchcore_nb.intervals import is_metric
 from patchcore_nb.patchcore import PatchCore
@@ -234,17 +234,17 @@ def close(name): return dict(abs=1e-4) if is_metric(name) else dict(rel=1e-4) # 
 def test_counted_metrics_are_the_exact_ones(tile, tmp_path, members):
     "Metrics, kinds and intervals with the maps in a file, against all in memory; 1e-4 is the promise for metrics, and rows are coarser."
     kw = dict(spill_dir=tmp_path, false_alarms=.3) # a rate that six images allow
-    model = Ensemble(*(small(seed=i, **kw) for i in range(members))).fit(tile) if members > 1 else small(**kw).fit(tile)
+    model = Ensemble([small(seed=i, **kw) for i in range(members)]).fit(tile) if members > 1 else small(**kw).fit(tile)
     sorted_ = model.predict(tile.test)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(patchcore, 'too_many', lambda *args: True)
-        m.setattr(experiment, 'CHUNK', 3)
+        m.setattr(fitting, 'too_many', lambda *args: True)
+        m.setattr(judging, 'CHUNK', 3)
         counted = model.predict(tile.test)
         assert counted.counted and not sorted_.counted and torch.equal(counted.anomaly_maps, sorted_.anomaly_maps)
-        pixels = [experiment.read_pixels(o, tile.test, model.preprocess_) for o in (sorted_, counted)]
-        metrics = [experiment.judge(o, tile.test, model.preprocess_, p) for o, p in zip((sorted_, counted), pixels)]
-        details = [experiment.look_closer(o, tile.test, f, p) for o, f, p in zip((sorted_, counted), metrics, pixels)]
-    assert pixels[0].masks is not None and pixels[1].masks is None and pixels[1].curves
+        trials = [judging.Trial(o, tile.test) for o in (sorted_, counted)]
+        metrics = [o.metrics for o in trials]
+        details = [(o.intervals, o.by_kind) for o in trials]
+    assert trials[0].masks is not None and trials[1].masks is None and trials[1].curves
     assert metrics[0].keys() == metrics[1].keys() and 'seg_f1' in metrics[0]
     for k, v in metrics[0].items(): assert metrics[1][k] == pytest.approx(v, **close(k), nan_ok=True), k
     for a, b in zip(*details):
@@ -254,7 +254,7 @@ def test_counted_metrics_are_the_exact_ones(tile, tmp_path, members):
 
 def test_a_run_that_counts_writes_the_same_report(tile, tmp_path, monkeypatch):
     runs = [experiment.run(small(false_alarms=None), [tile], tmp_path, group='sorted', pictures=True)]
-    monkeypatch.setattr(patchcore, 'too_many', lambda *args: True)
+    monkeypatch.setattr(fitting, 'too_many', lambda *args: True)
     runs += [experiment.run(small(false_alarms=None), [tile], tmp_path, group='counted', pictures=True)]
     names = [sorted(p.relative_to(o.folder).as_posix() for p in o.folder.rglob('*') if p.is_file()) for o in runs]
     assert names[0] == names[1] and 'report.html' in names[0]

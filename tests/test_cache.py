@@ -17,9 +17,10 @@ from patchcore_nb.cache import Cache
 from patchcore_nb.cli import main
 from patchcore_nb.core import DataError
 from patchcore_nb.data import load_category, make_miniature
-from patchcore_nb.sweeping import sweep
-from patchcore_nb.extractor import BACKBONES, Extractor
+from patchcore_nb.extractor import Extractor
+from patchcore_nb.names import BACKBONES
 from patchcore_nb.patchcore import PatchCore
+from patchcore_nb.sweeping import sweep
 
 SMALL = dict(pretrain_dim=64, target_dim=64, imagesize=64, resize=64, batch_size=2, device='cpu', ratio=.2)
 

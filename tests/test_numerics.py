@@ -6,8 +6,8 @@ from patchcore_nb import anchors, approximate, samplers, search
 from patchcore_nb.approximate import Fast
 from patchcore_nb.core import DataError, generator, limit_threads
 from patchcore_nb.data import load_category
-from patchcore_nb.extractor import BACKBONES, create_backbone
-from patchcore_nb.names import SEARCHES
+from patchcore_nb.extractor import create_backbone
+from patchcore_nb.names import BACKBONES, SEARCHES
 from patchcore_nb.patchcore import PatchCore
 from patchcore_nb.samplers import coreset, farthest_points, project, shortfall
 from patchcore_nb.search import ByProduct, Exact

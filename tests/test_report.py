@@ -200,7 +200,7 @@ def test_some_masks_are_shown_where_others_are_missing(tile):
 @each_language
 def test_an_ensemble(tile, lang):
     kw = dict(ratio=.1, target_dim=32, resize=64, imagesize=64, device='cpu')
-    s = judged(tile, Ensemble(PatchCore('filterbank', ['layer2'], **kw), PatchCore('filterbank', ['layer3'], **kw)), suspects=pd.DataFrame([dict(image=tile.train[0].path, score=1., row=1, col=1)]))
+    s = judged(tile, Ensemble([PatchCore('filterbank', ['layer2'], **kw), PatchCore('filterbank', ['layer3'], **kw)]), suspects=pd.DataFrame([dict(image=tile.train[0].path, score=1., row=1, col=1)]))
     assert s['matches'] == [] and len(s['model']['patches']) == 2
     assert texts(lang)['matches'] not in Page(render([s], {}, lang)).words()
 

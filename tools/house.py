@@ -123,13 +123,21 @@ def commented(
     return {o.start[0] for o in tokenize.generate_tokens(io.StringIO(text).readline) if o.type == tokenize.COMMENT}
 
 
+def listed(
+    tree:ast.Module,
+)->set[int]: # numbers of lines
+    "The lines of the list of public names, which nbdev writes."
+    found = [o for o in tree.body if isinstance(o, ast.Assign) and ast.unparse(o.targets[0]) == '__all__']
+    return {i for o in found for i in range(o.lineno, o.end_lineno+1)}
+
+
 def wide(
     found:list[Module],
 )->list[str]: # places, each with its columns
-    "Lines of too many columns; those with a comment, and texts of errors, warnings and help, may be longer."
+    "Lines of too many columns; `__all__`, lines with a comment, and texts of errors, warnings and help may be longer."
     places = []
     for m in found:
-        free = commented(m.text)
+        free = commented(m.text)|listed(m.tree)
         lines = [(i, o) for i, o in enumerate(m.text.splitlines(), 1) if len(o) > COLUMNS and i not in free]
         places += [f'{m.name}:{i} ({len(o)})' for i, o in lines if not re.search(r'Error\(|warn\(|help=', o)]
     return places
