@@ -42,6 +42,8 @@ class KeptEmbedder(Embedder):
 
 class Kept(PatchCore):
     "A model that begins where embeddings end, and does from there what every model does."
+    _kept = None # what `embed` returned
+
     def check(self, images=None, twin=None):
         "Take the embedder that knows them."
         self._checked = KeptEmbedder(self.embedding, self.compute)

@@ -212,7 +212,7 @@ def fresh(self:PatchCore)->PatchCore: # not fitted
     "Make a model of the same arguments, which shares the backbone if there is one that can be shared."
     new = PatchCore(**self.get_params())
     fitted = self.__dict__.get('_fitted')
-    new._spare = fitted.embedder if fitted else self.__dict__.get('_checked')
+    new.__dict__['_spare'] = fitted.embedder if fitted else self.__dict__.get('_checked')
     return new
 
 @patch

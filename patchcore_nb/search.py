@@ -170,7 +170,7 @@ class Exact:
         self.memory_bank_ = memory_bank.float()
         self.centre_ = self.memory_bank_.mean(0)
         self.targets_ = []
-        if not self._suits() or not self._draw_sketch(): return self
+        if not self._suits() or not self.choose_sketch(): return self
         tiles = math.ceil(len(memory_bank)/self.tile)
         size = math.ceil(len(memory_bank)/tiles) # of equal length, so that none is too short for k
         self.targets_ = [self._target(x) for x in self.memory_bank_.split(size)]
@@ -188,7 +188,7 @@ def _suits(self:Exact)->bool:
     return int8_works(str(self.memory_bank_.device))
 
 @patch
-def _draw_sketch(self:Exact)->bool: # False: no use, the plain product is cheaper
+def choose_sketch(self:Exact)->bool: # False: no use, the plain product is cheaper
     "Choose the sketch and the step of the grid."
     bank = self.memory_bank_
     m, D = bank.shape

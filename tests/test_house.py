@@ -111,63 +111,39 @@ def test_text_files_are_opened_as_utf8(path):
 
 
 # How the code reads, and how the notebooks do. `python tools/house.py` prints where we stand.
-# What is not reached yet, and what it waits for: a line goes when its rule holds.
-NOT_YET = {
-    'nodes': 'the redesign of the notebooks is under way',
-    'parallel': 'the redesign of the notebooks is under way',
-    'minutes': 'the redesign of the notebooks is under way',
-    'shown': 'the redesign of the notebooks is under way',
-    'imports': 'the redesign of the notebooks is under way',
-    'methods': 'the redesign of the notebooks is under way',
-    'private': 'the redesign of the notebooks is under way',
-}
-
-def rule(name):
-    "A rule of the house; not one to be held yet if it is in NOT_YET."
-    return pytest.mark.xfail(name in NOT_YET, reason=NOT_YET.get(name, ''), strict=False)
-
 FOUND = house.modules()
 
 def listed(what, places): return '\n  '.join([f'{what}:', *places])
 
-@rule('functions')
 def test_functions_are_short(): assert not (long := house.long_functions(FOUND)), listed(f'functions of more than {house.LINES} lines, their signature apart', long)
 
-@rule('nodes')
 def test_statements_say_one_thing():
     sizes = house.sizes(FOUND)
     densest = [f'{o.place}: {o.nodes} expression nodes' for o in sizes[:-21:-1]]
     assert house.median(sizes) <= house.MEDIAN, listed(f'a statement has {house.median(sizes):g} expression nodes in the median, at most {house.MEDIAN} are wanted; the densest', densest)
     assert house.p90(sizes) <= house.P90, listed(f'at the 90th percentile a statement has {house.p90(sizes)} expression nodes, at most {house.P90} are wanted; the densest', densest)
 
-@rule('parallel')
 def test_unrelated_things_are_assigned_one_by_one():
     places, n = house.parallel(FOUND), len(house.sizes(FOUND))
     assert 100*len(places) < house.PARALLEL*n, listed(f'{100*len(places)/n:.1f}% of the statements assign several things at once, less than {house.PARALLEL}% may', places)
 
-@rule('columns')
 def test_lines_are_narrow(): assert not (wide := house.wide(FOUND)), listed(f'lines of more than {house.COLUMNS} columns', wide)
 
-@rule('minutes')
 def test_notebooks_are_read_in_twenty_minutes():
     long = [f'{o.name}: {o.minutes:.1f} minutes' for o in map(house.reading, house.numbered()) if o.minutes > house.MINUTES]
     assert not long, listed(f'read in more than {house.MINUTES} minutes: these are two ideas', long)
 
-@rule('shown')
 def test_something_is_shown_again_and_again():
     blind = [f'{o.name}: {o.unshown} exported lines' for o in map(house.reading, house.numbered()) if o.unshown > house.UNSHOWN]
     assert not blind, listed(f'more than {house.UNSHOWN} exported lines in a row with nothing shown', blind)
 
-@rule('imports')
 def test_private_names_are_not_imported(): assert not (names := house.private_imports(FOUND)), listed('a name that others import has no underscore', names)
 
-@rule('methods')
 def test_patchcore_is_thin():
     methods = house.methods(FOUND)
     assert methods, 'no class PatchCore is found'
     assert len(methods) <= house.METHODS, listed(f'PatchCore has {len(methods)} methods, at most {house.METHODS} are wanted', methods)
 
-@rule('private')
 def test_private_attributes_are_used_at_home():
     "In the notebooks, the benchmarks and the tools."
     uses = house.private_uses([*house.scripts(), *map(house.cells, house.numbered())])
