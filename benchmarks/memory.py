@@ -18,6 +18,7 @@ from common import options, report
 CHILD = '''
 import re, sys
 from pathlib import Path
+import patchcore_nb.experiment, patchcore_nb.patchcore # what a run needs, which the command line imports only then
 from patchcore_nb.cli import main
 print(re.search(r"RssAnon:\\\\s+(\\\\d+)", Path("/proc/self/status").read_text(encoding="ascii"))[1], flush=True)
 main(sys.argv[1:])
