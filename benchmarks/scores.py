@@ -18,7 +18,7 @@ from patchcore_nb.evaluation import auroc, average_precision
 from patchcore_nb.items import as_items
 from patchcore_nb.names import DISTANCES, PATCH_SCORES
 from patchcore_nb.patchcore import PatchCore
-from patchcore_nb.prediction import judge
+from patchcore_nb.prediction import score_images
 from patchcore_nb.scorer import Scorer
 from patchcore_nb.sweeping import sweep
 
@@ -53,7 +53,7 @@ def margins(
             for how in HOWS:
                 parts = one.fitted_
                 scorer = Scorer(patch_score=how).fit(parts.bank.rows)
-                scores = judge(parts.embedder, scorer, as_items(category.test)).image_scores.numpy()
+                scores = score_images(parts.embedder, scorer, as_items(category.test)).image_scores.numpy()
                 good, bad = scores[~labels], scores[labels]
                 rows.append(dict(data='bottle', seed=seed, ratio=ratio, patch_score=how, image_auroc=auroc(scores, labels), image_ap=average_precision(scores, labels),
                                  margin=float(bad.min()/good.max()-1), effect=float((bad.mean()-good.mean())/np.sqrt((bad.var()+good.var())/2))))

@@ -80,8 +80,10 @@ def learn_more(
     rows = rows.to(fitted.scorer.memory_bank_.device)
     digests = digest_images(items, keep, embedder.how.num_workers)
     grown = bank.grow(rows, exact_search(fitted), numbering(fitted, keep), digests)
-    more = [items[i] for i in held]
-    return with_bank(fitted, grown, held_with(fitted, [*more, *aside]), OLD_MEMORY)
+    known = set(grown.digests) # what is remembered sets no threshold
+    more = [*[items[i] for i in held], *aside]
+    held = [x for x in held_with(fitted, more) if digest_image(x) not in known]
+    return with_bank(fitted, grown, held, OLD_MEMORY)
 
 def exact_search(fitted:Fitted):
     "Find a search of the memory bank that is exact."
@@ -146,7 +148,8 @@ def join_models(
     for o in others: check_alike(first, o)
     bank = first.bank.join(*(o.bank for o in others))
     known = [o.calibration for o in models if has_threshold(o.calibration)]
-    before = replace(first, calibration=known[0] if known else None)
+    promised = [o for o in known if promises(o)]
+    before = replace(first, calibration=next(iter([*promised, *known]), None))
     return with_bank(before, bank, held_by_any(models, bank), OLD_MEMORY)
 
 # %% ../nbs/07f_learning_on.ipynb #babd3532

@@ -247,7 +247,7 @@ def with_compute(self:Embedder,
 )->Embedder: # a new one, which shares what it can
     "Compute elsewhere or otherwise."
     if how == self.how: return self
-    if how.device != self.how.device: return Embedder(self.what, how, copy.deepcopy(self.backbone))
+    if how.device_of() != self.device_: return Embedder(self.what, how, copy.deepcopy(self.backbone))
     new = copy.copy(self)
     new.how = check_compute(how)
     return new
@@ -270,7 +270,8 @@ def find_embedder(
     others:Sequence[Embedder]=(), # which may have the backbone
 )->Embedder: # not calibrated
     "Find an embedder that serves, or build one, with a backbone that can be shared if there is one."
-    if ready and ready.what == what: return ready.with_compute(how)
+    same = ready and ready.what == what and ready.how.weights_dir == how.weights_dir
+    if same: return ready.with_compute(how)
     lent = (o.lend(what, how) for o in others)
     return Embedder(what, how, next((o for o in lent if o is not None), None))
 

@@ -19,12 +19,13 @@ from torch import Tensor
 from .budget import Plan
 from .cache import digest_image
 from .core import *
+from .estimator import changing, check_name
 from .evaluation import auroc
 from .fitting import Fitted, counts_maps
-from .items import as_items, check_labels, is_loader
+from .items import as_items, check_labels, good_items, is_loader
 from .names import DISTANCES
 from .patchcore import PatchCore, not_fitted
-from .prediction import Prediction, empty_maps, judge
+from .prediction import Prediction, empty_maps, score_images
 from .search import nearest_neighbours
 from .thresholds import Calibration, calibrate
 
@@ -120,6 +121,7 @@ class Ensemble:
         *more:PatchCore,            # as before version 0.2
     ):
         if more: warnings.warn('Ensemble takes a list of models: pass Ensemble([a, b])', DeprecationWarning, stacklevel=2)
+        models = models if isinstance(models, (Sequence, PatchCore)) else list(models)
         self.models = [models, *more] if more else models
 
     def __len__(self): return len(self.members)
@@ -131,6 +133,8 @@ class Ensemble:
         alone = isinstance(self.models, PatchCore)
         found = [self.models] if alone else list(self.models)
         if not found: raise ArgumentError('an ensemble needs at least one model: pass Ensemble([PatchCore(...), PatchCore(...)])')
+        for o in found:
+            if not isinstance(o, PatchCore): raise ArgumentError(f'an ensemble takes PatchCore models, got {type(o).__name__}: pass Ensemble([PatchCore(...), PatchCore(...)])')
         return found
 
     @property
@@ -185,15 +189,20 @@ def set_params(self:Ensemble,
     **params # models; or arguments that all members shall have
 )->Ensemble: # itself
     "Change the models, or an argument of all of them."
-    if 'models' in params: self.models = params.pop('models')
-    for o in self.members: o.set_params(**params)
+    models = params.pop('models', self.models)
+    members = Ensemble(models).members
+    for k in params:
+        for o in members: check_name(type(o), k)
+    self.models = models
+    for o in members: o.set_params(**params)
     return self
 
 # %% ../nbs/07i_ensemble.ipynb #b10241ba
 @patch
 def __setattr__(self:Ensemble, name, value):
     "Set the models; there is nothing else to set."
-    known = name == 'models' or name.startswith('_') or hasattr(type(self), name)
+    view = getattr(type(self), name, None)
+    known = name == 'models' or name.startswith('_') or isinstance(view, property)
     if not known: raise ArgumentError(f'an ensemble has no argument {name}, but its members may: pass it to set_params, which sets it in all of them')
     object.__setattr__(self, name, value)
 
@@ -216,14 +225,18 @@ def same_banks(
 @patch(as_prop=True)
 def fitted_(self:Ensemble)->Joined:
     "All that the fitted members make together."
-    if not self.is_fitted: raise not_fitted('Ensemble')
-    parts, known = tuple(o.fitted_ for o in self.members), self.__dict__.get('_joined')
-    if known and same_banks(known, parts): return replace(known, parts=parts)
-    if known and known.calibration and known.calibration.threshold is not None: warnings.warn('a member of this ensemble has changed since its threshold was found: the ensemble has none now')
-    check_sizes(self.members)
-    units = tuple(bank_unit(o.bank.rows, o.recipe.rule.distance) for o in parts)
-    self._joined = Joined(parts, units)
-    return self._joined
+    with changing(self):
+        if not self.is_fitted: raise not_fitted('Ensemble')
+        parts, known = tuple(o.fitted_ for o in self.members), self.__dict__.get('_joined')
+        if known and same_banks(known, parts): return replace(known, parts=parts)
+        if known and known.calibration and known.calibration.threshold is not None: warnings.warn('a member of this ensemble has changed since its threshold was found: the ensemble has none now')
+        check_sizes(self.members)
+        units = tuple(bank_unit(o.bank.rows, o.recipe.rule.distance) for o in parts)
+        self._joined = Joined(parts, units)
+        return self._joined
+
+@patch
+def __getstate__(self:Ensemble): return dict(self.__dict__) # another thread may add to it
 
 # %% ../nbs/07i_ensemble.ipynb #92aeb785
 @patch(as_prop=True)
@@ -251,7 +264,7 @@ def adopt(self:Ensemble,
     calibration:Calibration|None, # of the combined scores
 )->Ensemble: # itself
     "Take over what combined scores are held against."
-    self._joined = replace(self.fitted_, calibration=calibration)
+    with changing(self): self._joined = replace(self.fitted_, calibration=calibration)
     return self
 
 # %% ../nbs/07i_ensemble.ipynb #3e6304b5
@@ -263,7 +276,7 @@ def ask_all(
     "Ask each member, and take the mean."
     n = len(items)*(len(joined.parts)+6)//5
     if counted is None: counted = any(counts_maps(o.embedder, o.recipe, len(o.bank), n) for o in joined.parts)
-    found = [judge(o.embedder, o.scorer, items, o.recipe.smoothing, o.calibration, counted)
+    found = [score_images(o.embedder, o.scorer, items, o.recipe.smoothing, o.calibration, counted)
              for o in joined.parts]
     return combine(found, joined.units, joined.calibration, joined.parts[0].embedder.how.spill_dir)
 
@@ -314,11 +327,13 @@ def fit(self:Ensemble,
     "Fit each member."
     plans = plan or [None]*len(self)
     if is_loader(images): images = as_items(images) # which may be read but once
-    new = self.fresh()
+    if len(plans) != len(self): raise ArgumentError(f'plan must hold one plan a member, {len(self)}, got {len(plans)}: pass what plan returns')
+    new = self.fresh().check(good_items(images, y))
     for o, p in zip(new.members, plans): o.fit(images, y, p)
     new.adopt(joint_calibration(new.fitted_))
-    for o, part in zip(self.members, new.fitted_.parts): o.adopt(part)
-    self._joined = new.fitted_
+    with changing(self):
+        for o, part in zip(self.members, new.fitted_.parts): o.adopt(part)
+        self._joined = new.fitted_
     return self
 
 @patch

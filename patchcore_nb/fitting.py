@@ -23,7 +23,7 @@ from .embedder import Embedder, with_turns
 from .left_out import LeftOut, leave_out, strangeness, take_rows
 from .memory_bank import MemoryBank, digest_images, make_bank
 from .names import SEARCHES
-from .prediction import judge
+from .prediction import score_images
 from .samplers import coreset, coreset_size
 from .scorer import Rule, Scorer, check_rule
 from .suspects import cleaned, stored_of_others
@@ -248,7 +248,7 @@ def judge_held(
 )->tuple[Tensor,Tensor]: # (B,) image scores; (B,) highest value of each map
     "Score the images that were held out."
     counted = counts_maps(embedder, recipe, len(scorer.memory_bank_), len(held))
-    seen = judge(embedder, scorer, held, recipe.smoothing, counted=counted)
+    seen = score_images(embedder, scorer, held, recipe.smoothing, counted=counted)
     return seen.image_scores, seen.anomaly_maps.amax((1, 2))
 
 def find_calibration(

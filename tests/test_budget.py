@@ -269,4 +269,5 @@ def test_the_plan_says_that_pixels_are_counted():
     tight = small(memory_budget='1GB').plan(8, n_test=20_000)
     assert tight.counted and tight.peak < 10**9 and 'their pixels counted' in str(tight)
     model = small(memory_budget='1GB').fit([demo_sample('cog', 'train', i)[0] for i in range(3)])
-    assert model.counts_maps(20_000) and not model.counts_maps(2000)
+    fitted = model.fitted_
+    assert [fitting.counts_maps(fitted.embedder, fitted.recipe, len(fitted.bank), n) for n in (20_000, 2000)] == [True, False]
