@@ -5,6 +5,8 @@ import multiprocessing
 import pickle
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
@@ -663,3 +665,102 @@ def test_fit_beside_fit(tf32):
     with ThreadPoolExecutor(4) as pool: found = list(pool.map(lambda make: make().fit(IMAGES), kinds))
     for o, make in zip(found, kinds): assert close(o.predict(IMAGES), make().fit(IMAGES).predict(IMAGES))
     assert settings() == began
+
+
+# What is set while a model learns, or changed in place
+
+@pytest.mark.parametrize('learn, patched', [('fit', 'fit_parts'), ('partial_fit', 'learn_more')])
+def test_what_is_set_while_a_model_learns_waits(monkeypatch, learn, patched):
+    from patchcore_nb import patchcore
+    m, began, go_on = model().fit(IMAGES[:3]), threading.Event(), threading.Event()
+    def slowly(*args, work=getattr(patchcore, patched)):
+        began.set()
+        assert go_on.wait(60)
+        return work(*args)
+    monkeypatch.setattr(patchcore, patched, slowly)
+    with ThreadPoolExecutor(3) as pool:
+        learning = pool.submit(getattr(m, learn), IMAGES[3:6])
+        assert began.wait(60)
+        setting = pool.submit(setattr, m, 'k', 3)
+        assert len(pool.submit(m.predict, IMAGES[:1]).result(60)) == 1 # a prediction does not wait
+        go_on.set()
+        learning.result(60), setting.result(60)
+    assert m.k == 3 and not m.is_fitted
+
+@pytest.mark.parametrize('name, value', [('layers', ['layer1', 'layer2']), ('more_patchsizes', [5]), ('resize', [64, 64])])
+def test_a_list_changed_in_place_is_noticed(tmp_path, name, value):
+    m = model(**{name: value}).fit(IMAGES[:3])
+    value.pop()
+    assert not m.is_fitted
+    for use in (lambda: m.predict(IMAGES), lambda: save(m, tmp_path/'m'), lambda: m.memory_bank_):
+        with pytest.raises(NotFittedError, match='call fit'): use()
+
+def test_what_was_checked_belongs_to_its_arguments():
+    m = model().check()
+    backbone = m.extractor_.backbone
+    m.imagesize = m.resize = 96
+    with pytest.raises(NotFittedError): m.grid_
+    assert m.plan(20).peak == model(imagesize=96, resize=96).plan(20).peak and m.grid_ == (12, 12)
+    assert m.extractor_.backbone is backbone # which serves every size
+    m.fit(IMAGES[:2]).target_dim = 32
+    with pytest.raises(NotFittedError): m.view(IMAGES[0])
+
+def test_weights_of_another_folder_are_read_anew(tmp_path):
+    m = model(weights_dir=tmp_path/'a').check()
+    backbone = m.extractor_.backbone
+    assert m.check().extractor_.backbone is backbone
+    m.weights_dir = tmp_path/'b'
+    assert m.check().extractor_.backbone is not backbone
+
+def test_an_ensemble_is_fitted_as_one(monkeypatch):
+    pair = Ensemble([model(layers=[o], false_alarms=.3) for o in ('layer1', 'layer2')]).fit(IMAGES[:3])
+    assert pair.members[0].extractor_.backbone is pair.members[1].extractor_.backbone
+    before, adopt = pair.predict(IMAGES).image_scores, PatchCore.adopt
+    def slowly(self, fitted):
+        time.sleep(.2)
+        return adopt(self, fitted)
+    monkeypatch.setattr(PatchCore, 'adopt', slowly)
+    with ThreadPoolExecutor(3) as pool:
+        learning = pool.submit(pair.fit, IMAGES[3:])
+        answers = []
+        while not learning.done(): answers.append(pair.predict(IMAGES))
+        learning.result()
+    after = pair.predict(IMAGES)
+    assert after.threshold is not None and len(answers) > 1
+    for o in answers:
+        assert any(torch.allclose(o.image_scores, x, rtol=1e-5) for x in (before, after.image_scores))
+
+def test_what_is_remembered_sets_no_threshold():
+    m = model(train_val_split=.5, confidence=None, false_alarms=.3).fit(IMAGES)
+    held = m.held_[0]
+    m.partial_fit([held])
+    assert len(m.held_) == 3 and not any(np.array_equal(o, held) for o in m.held_)
+
+def test_a_promise_is_not_lost_in_a_merge_without_a_word(tmp_path):
+    kw = dict(confidence=None, false_alarms=.3)
+    promised = load(save_of(model(train_val_split=.5, **kw).fit(IMAGES), tmp_path/'m'))
+    about = model(**kw).fit(IMAGES[:4])
+    for first, second in ((promised, about), (about, promised)):
+        with pytest.warns(UserWarning, match='the model has none now'): assert first.merge(second).threshold_ is None
+
+def save_of(m, folder):
+    save(m, folder, 'ours')
+    return folder
+
+@pytest.mark.parametrize('name', ['fit', 'shrink', 'score', 'runtime', 'params'])
+def test_a_method_is_not_set_over(fitted, name):
+    with pytest.raises(ArgumentError, match='unknown argument'): setattr(copy.copy(fitted), name, 3)
+
+def test_an_ensemble_refuses_what_is_no_model():
+    for wrong in ([1, 2], [Ensemble([model()])]):
+        with pytest.raises(ArgumentError, match='takes PatchCore models, got'): Ensemble(wrong).check()
+    assert len(Ensemble(o for o in (model(), model(k=2)))) == 2
+    pair = Ensemble([model(), model()])
+    with pytest.raises(ArgumentError, match='unknown argument'): pair.set_params(models=[model()], kk=1)
+    assert len(pair) == 2
+    with pytest.raises(ArgumentError, match='one plan a member, 2, got 1'): pair.fit(IMAGES[:2], plan=[None])
+
+class Own(PatchCore):
+    "A model with a name of its own."
+
+def test_a_model_of_ones_own_stays_one(): assert type(Own('filterbank', **SMALL).fit(IMAGES[:3]).shrink(.05)) is Own
