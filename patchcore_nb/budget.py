@@ -34,7 +34,7 @@ class Load:
     n_clean:int=0  # patch embeddings that are kept a second time, without the strangest; 0: there are none
 
     @property
-    def bank(self)->int: return (self.n_patches+self.n_clean)*self.dim*4 # bytes of all patch embeddings
+    def rows(self)->int: return (self.n_patches+self.n_clean)*self.dim*4 # bytes of all patch embeddings
     @property
     def memory_bank(self)->int: return self.n_kept*self.dim*4 # bytes
 
@@ -61,15 +61,15 @@ def stages(
 )->dict[str,dict[str,int]]: # stage -> part -> bytes
     "Work out who is in memory when."
     always = dict(libraries=LIBRARIES, backbone=load.backbone)
-    bank = dict(bank=load.bank) if where == 'memory' else {}
+    rows = dict(rows=load.rows) if where == 'memory' else {}
     picking = _picking(load) if where != 'gpu' else {}
     own = load.n_kept < load.n_patches or where != 'memory' # else the memory bank is all patch embeddings, and they are there already
     kept = {'memory bank': load.memory_bank}
     search = dict(search=load.memory_bank+50*10**6)
     found = {}
-    found['embed'] = always | dict(batch=load.batch) | bank
-    found['pick'] = always | bank | picking | {'memory bank': load.memory_bank if own else 0}
-    found['leave out'] = always | bank | kept | search
+    found['embed'] = always | dict(batch=load.batch) | rows
+    found['pick'] = always | rows | picking | {'memory bank': load.memory_bank if own else 0}
+    found['leave out'] = always | rows | kept | search
     found['judge'] = always | dict(batch=load.batch) | kept | search | dict(metrics=_metrics(load, counted))
     return found
 
@@ -188,7 +188,7 @@ def _say_where(plan:Plan)->str:
 def _say_plan(plan:Plan)->str:
     "Say a plan in a sentence."
     load = plan.load
-    where = f'{say_size(load.bank)} {_say_where(plan)}'
+    where = f'{say_size(load.rows)} {_say_where(plan)}'
     known = f'{load.n_images} images, {load.n_patches:,} patches of {load.dim:,} values ({where})'
     parts = [f'{known}, {load.n_kept:,} to remember ({say_size(load.memory_bank)})']
     if plan.counted:
@@ -203,7 +203,7 @@ def _on_gpu(load:Load, device:str|torch.device)->bool:
     "Decide whether a GPU has space for the patch embeddings and for picking from them."
     if torch.device(device).type != 'cuda': return False
     picking = load.n_patches*LOW*8+3*load.memory_bank+10**9
-    return load.bank+picking < torch.cuda.mem_get_info(device)[0]
+    return load.rows+picking < torch.cuda.mem_get_info(device)[0]
 
 def _refuse(plan:Plan): # of the smallest peak
     "Say that not even a file is enough, and what would be."
