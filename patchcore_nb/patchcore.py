@@ -371,4 +371,4 @@ def suspects(self:PatchCore,
 __getattr__ = renamed(__name__,
     TURNS='data.TURNS', MANY='left_out.MANY', CLEANER='left_out.CLEANER', make_scorer='fitting.make_scorer',
     empty_maps='prediction.empty_maps', grow='memory_bank.pick_new', naive_grow='memory_bank.naive_pick_new',
-    check_learned='state.check_learned', split_seed='extractor.split_seed')
+    check_learned='state.check_learned', split_seed='extractor.split_seed', LeftOut='left_out.LeftOut')
