@@ -179,4 +179,5 @@ _MOVED = dict(
     denim='yarn draw_denim',
     sieve='PITCH nearest_hole brushed dent tear clog draw_sieve',
     cog='teeth cog_outline broken scratched corroded draw_cog') # module -> what this one held before
-__getattr__ = renamed(__name__, **{o: f'{module}.{o}' for module, names in _MOVED.items() for o in names.split()})
+_OLD = {name: f'{module}.{name}' for module, names in _MOVED.items() for name in names.split()}
+__getattr__ = renamed(__name__, **_OLD)

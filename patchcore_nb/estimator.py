@@ -88,7 +88,9 @@ class Estimator:
         return self
 
     @property
-    def is_fitted(self)->bool: return '_fitted' in self.__dict__
+    def is_fitted(self)->bool:
+        "Whether the model can predict."
+        return '_fitted' in self.__dict__
 
     @property
     def fitted_(self):
