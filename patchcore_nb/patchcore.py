@@ -155,7 +155,7 @@ PatchCore.grid_ = embedder_view('grid_', '(h, w) patches of an image.')
 PatchCore.dim_ = embedder_view('dim_', 'D, values of an embedding.')
 PatchCore.device_ = embedder_view('device_', 'Where embeddings are computed.')
 
-PatchCore.search_device_ = property(lambda self: self.compute.device_of(search=True), doc='Of the search.')
+PatchCore.search_device_ = property(lambda o: o.compute.device_of(True), doc='Where neighbours are searched.')
 
 @patch(as_prop=True)
 def threshold_(self:PatchCore)->float|None:
