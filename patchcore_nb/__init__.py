@@ -55,3 +55,25 @@ def __dir__():
     "List names and modules."
     import pkgutil
     return sorted({*globals(), *_MODULE, *(o.name for o in pkgutil.iter_modules(__path__))})
+
+# %% ../nbs/00a_front.ipynb #e58b03d9
+def _of_memory(name):
+    "Look up in `budget` what was in `memory`, with a warning."
+    import importlib, warnings
+    if name.startswith('__') and name != '__all__': raise AttributeError(f"module 'patchcore_nb.memory' has no attribute {name!r}")
+    budget = importlib.import_module('patchcore_nb.budget')
+    value = getattr(budget, 'METRIC_BYTES' if name == 'FIGURES' else name)
+    warnings.warn('patchcore_nb.memory is called budget now: the old name goes with the next version', DeprecationWarning, stacklevel=2)
+    return value
+
+# %% ../nbs/00a_front.ipynb #f2a6c817
+def _add_memory():
+    "Let `import patchcore_nb.memory` find a stand-in."
+    import sys, types
+    from importlib.machinery import ModuleSpec
+    memory = types.ModuleType('patchcore_nb.memory', 'The module `budget`, by the name that it had in 0.1.')
+    memory.__getattr__ = _of_memory
+    memory.__spec__ = ModuleSpec(memory.__name__, None)
+    sys.modules[memory.__name__] = memory
+
+_add_memory()

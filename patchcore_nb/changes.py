@@ -157,7 +157,7 @@ def computed_by(
     fitted:Fitted,
     how:Compute,
 )->Fitted:
-    "Compute elsewhere or otherwise."
+    "Move to another `Compute`."
     was, embedder = fitted.embedder.how, fitted.embedder.with_compute(how)
     asks = ('device', 'search_device', 'search_threads')
     same = all(getattr(was, o) == getattr(how, o) for o in asks)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .base import renamed
 from .core import *
 from .brushes import Product
 from .categories import Category, list_images, register_dataset
@@ -170,3 +171,13 @@ def demo_set(
     "Read a category of the demo set, written to `root` first if it is not there."
     make_demo(root, category)
     return replace(mvtec(root, category), dataset='demo')
+
+# %% ../nbs/01a_demo.ipynb #3b7a90c4
+_MOVED = dict(
+    portable='SIZE wave direction turned frame',
+    brushes='clip01 inside paint tinted cloud streaks spot blob line glint lens photograph',
+    denim='yarn draw_denim',
+    sieve='PITCH nearest_hole brushed dent tear clog draw_sieve',
+    cog='teeth cog_outline broken scratched corroded draw_cog') # module -> what this one held before
+_OLD = {name: f'{module}.{name}' for module, names in _MOVED.items() for name in names.split()}
+__getattr__ = renamed(__name__, **_OLD)

@@ -40,7 +40,7 @@ def build_extractor(
 
 # %% ../nbs/07a_embedder.ipynb #f60cf61a
 class DryRun(NamedTuple):
-    "What a run on an empty image tells."
+    "Shapes and sizes of the feature maps of one image, found with an empty one."
     shapes:list[tuple[int,int,int]] # (C, h, w) of each layer's map
     largest:int # bytes of the largest map on the way, of one image
 
@@ -62,7 +62,7 @@ def check_patchsizes(
     what:Embedding,
     shapes:list[tuple[int,int,int]], # (C, h, w) of each layer's map
 ):
-    "Refuse a neighbourhood that finds no room in some layer's map."
+    "Refuse a neighbourhood that is larger than some layer's map."
     for p in (what.patchsize, *what.more_patchsizes):
         for layer, (_, h, w) in zip(what.layers, shapes):
             room = min(h, w)+2*((p-1)//2)
@@ -99,7 +99,9 @@ class Embedder:
         self.dim_ = self.aggregator_.dim_
 
     @property
-    def backbone(self)->nn.Module: return self.extractor_.backbone
+    def backbone(self)->nn.Module:
+        "The network."
+        return self.extractor_.backbone
 
     def __repr__(self):
         (h, w), layers = self.grid_, ' '.join(self.what.layers)
@@ -217,7 +219,7 @@ def __call__(self:Embedder,
 def calibrated(self:Embedder,
     items:Sequence, # training images
 )->Embedder: # itself, if its backbone has nothing to calibrate
-    "Let a backbone without weights see the training images."
+    "Calibrate a backbone without weights of its own on the training images."
     if not hasattr(self.backbone, 'calibrate'): return self
     backbone = copy.deepcopy(self.backbone)
     cache = Cache(self.how.cache, self.recipe()) if self.how.cache else None
@@ -245,7 +247,7 @@ def show_images(
 def with_compute(self:Embedder,
     how:Compute,
 )->Embedder: # a new one, which shares what it can
-    "Compute elsewhere or otherwise."
+    "Move to another `Compute`."
     if how == self.how: return self
     if how.device_of() != self.device_: return Embedder(self.what, how, copy.deepcopy(self.backbone))
     new = copy.copy(self)
@@ -254,10 +256,10 @@ def with_compute(self:Embedder,
 
 @patch
 def lend(self:Embedder,
-    what:Embedding, # what somebody wants to embed
-    how:Compute,    # and how
+    what:Embedding, # of the other embedder
+    how:Compute,    # likewise
 )->nn.Module|None: # None: it cannot be shared
-    "Hand the backbone to another embedder, if it is wanted there; a calibrated one belongs to its images."
+    "Share the backbone with another embedder, if that needs the same one; a calibrated one is not shared."
     def key(what, how): return what.backbone, what.weights, what.seed, str(how.weights_dir), str(how.device)
     same = key(self.what, self.how) == key(what, how)
     own = hasattr(self.backbone, 'calibrate')

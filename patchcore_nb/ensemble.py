@@ -138,7 +138,9 @@ class Ensemble:
         return found
 
     @property
-    def is_fitted(self)->bool: return all(o.is_fitted for o in self.members)
+    def is_fitted(self)->bool:
+        "Whether all members can predict."
+        return all(o.is_fitted for o in self.members)
 
     def _repr_html_(self)->str:
         return importlib.import_module('patchcore_nb.show').model_html(self) # which stands above this module

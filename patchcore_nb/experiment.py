@@ -359,6 +359,6 @@ def judge_saved(
 
 # %% ../nbs/10_run.ipynb #94ed928a
 __getattr__ = renamed(__name__,
-    judge='judging.judge', Pixels='judging.Pixels', read_pixels='judging.read_pixels',
+    judge='judging.judge', CHUNK='judging.CHUNK', Pixels='judging.Pixels', read_pixels='judging.read_pixels',
     at_threshold='judging.at_threshold', Nested='nested_search.Nested', sweep='sweeping.sweep',
     **{o: f'results.{o}' for o in ('REFERENCE_COLUMNS', 'SETTINGS', 'JPEG', 'picture_name')})

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .base import renamed
 from .build import *
 from .core import *
 from .names import BACKBONES, KNOWN
@@ -232,3 +233,5 @@ def map_shapes(
     except (RuntimeError, ValueError, AssertionError) as e:
         raise ArgumentError(f'the backbone cannot take images of {h} x {w} ({first_line(e)[:120]}): pass another imagesize') from None
     return {k: tuple(v.shape[1:]) for k, v in maps.items()}
+
+__getattr__ = renamed(__name__, Known='names.Known')

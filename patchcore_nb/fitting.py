@@ -46,7 +46,9 @@ class Recipe:
     seed:int=0                      # of which images are held out
 
     @property
-    def views(self)->int: return len(TURNS) if self.augment else 1
+    def views(self)->int:
+        "In how many ways each image is turned."
+        return len(TURNS) if self.augment else 1
 
 # %% ../nbs/07e_fitting.ipynb #327b39a2
 def check_share(
@@ -75,7 +77,7 @@ def check_recipe(
 
 # %% ../nbs/07e_fitting.ipynb #5d0008ab
 class Split(NamedTuple):
-    "What becomes of so many training images."
+    "Which training images are remembered, and which are held out."
     keep:list[int] # numbers of those that are remembered
     held:list[int] # and of those that are held out
     n_kept:int     # M, patches that will be remembered

@@ -29,7 +29,7 @@ from .prediction import Prediction
 CHUNK = 64 # maps that are looked at together where memory does not hold all
 
 class Pixels(NamedTuple):
-    "What the pixels of a test set tell; all None or empty where masks are missing."
+    "Metrics and counts of the pixels of a test set; all None or empty where masks are missing."
     metrics:dict[str,float]             # the keys of `pixel_metrics`, and `seg_f1` if the model has a threshold for maps
     rows:list[np.ndarray]|None=None     # three of (B, bins), as `Tally.rows`
     marks:tuple|None=None               # two of (B,): defective pixels above the maps' threshold, all pixels above it
@@ -74,7 +74,7 @@ def sort_pixels(
     prediction:Prediction,
     samples:Sequence[Sample],
 )->Pixels:
-    "Hold all maps against all masks."
+    "Compare all maps with all masks."
     masks, seen = read_masks(samples, prediction.preprocess), prediction.normalised_over_set()
     metrics = evaluate(seen.image_scores, np.array([o.label for o in samples]), seen.anomaly_maps, masks)
     rows = list(pixel_rows(seen.anomaly_maps, masks).values())
@@ -84,7 +84,7 @@ def with_marks(
     pixels:Pixels,
     marks:np.ndarray, # (2, B) or (2, 0), as `count_marks`
 )->Pixels: # whose metrics are those of pixels alone
-    "Add what the threshold for maps does."
+    "Add `seg_f1` and the counts of marked pixels."
     metrics = {k: v for k, v in pixels.metrics.items() if not k.startswith('image_')}
     if not marks.size: return pixels._replace(metrics=metrics)
     more = dict(seg_f1=seg_f1_of(marks, pixels.rows[1]))
@@ -154,21 +154,44 @@ class Trial:
         self.prediction, self.samples, self.seed = prediction, samples, seed
 
     @cached_property
-    def labels(self)->np.ndarray: return np.array([o.label for o in self.samples]) # (B,) True = defective
+    def labels(self)->np.ndarray: # (B,) True = defective
+        "Which images are defective."
+        return np.array([o.label for o in self.samples])
+
     @cached_property
-    def kinds(self)->list[str]: return [o.kind if o.label else GOOD_KIND for o in self.samples] # of defect
+    def kinds(self)->list[str]: # (B,)
+        "The kind of defect of each image; `GOOD_KIND` of a good one."
+        return [o.kind if o.label else GOOD_KIND for o in self.samples]
+
     @cached_property
-    def pixels(self)->Pixels: return read_pixels(self.prediction, self.samples)
+    def pixels(self)->Pixels:
+        "Metrics and counts of the pixels; the masks are read when they are first asked for."
+        return read_pixels(self.prediction, self.samples)
+
     @property
-    def masks(self)->Tensor|None: return self.pixels.masks # (B, H, W) True = defective; None: too many, or missing
+    def masks(self)->Tensor|None: # (B, H, W) True = defective; None: too many, or missing
+        "The masks, as the network sees the images."
+        return self.pixels.masks
+
     @property
-    def curves(self)->dict|None: return self.pixels.curves # as `Tally.curves`; None: draw them from the masks
+    def curves(self)->dict|None: # as `Tally.curves`; None: draw them from the masks
+        "The curves of pixels that were counted."
+        return self.pixels.curves
+
     @cached_property
-    def metrics(self)->dict[str,float]: return all_metrics(self.prediction, self.samples, self.pixels)
+    def metrics(self)->dict[str,float]:
+        "All metrics; NaN where there is none."
+        return all_metrics(self.prediction, self.samples, self.pixels)
+
     @cached_property
-    def intervals(self)->pd.DataFrame: return find_intervals(self) # a row per metric: value, low, high
+    def intervals(self)->pd.DataFrame: # a row per metric: value, low, high
+        "The metrics with their 95% intervals."
+        return find_intervals(self)
+
     @cached_property
-    def by_kind(self)->pd.DataFrame: return find_by_kind(self) # a row per kind of defect: metrics, missed
+    def by_kind(self)->pd.DataFrame: # a row per kind of defect: metrics, missed
+        "The metrics of each kind of defect."
+        return find_by_kind(self)
 
 # %% ../nbs/10_judging.ipynb #beafcd48
 def find_intervals(

@@ -257,3 +257,13 @@ def join(self:MemoryBank,
     joined = unordered(self, torch.cat([o.rows for o in banks]), torch.cat(origins), radius)
     n_images, n_patches = (sum(getattr(o, name) for o in banks) for name in ('n_images', 'n_patches'))
     return replace(joined, digests=digests, n_images=n_images, n_patches=n_patches)
+
+# %% ../nbs/07b_memory_bank.ipynb #d41f9a63
+@patch
+def part(self:MemoryBank,
+    which, # of the rows: a slice, or their numbers
+)->MemoryBank:
+    "Take some rows, and where they come from."
+    origin = None if self.origin is None else self.origin[which]
+    no_order = dict(idxs=None, anchor_dists=None, sizes=None, radii=None, ratio=None)
+    return replace(self, rows=self.rows[which], origin=origin, **no_order)

@@ -64,7 +64,9 @@ def write_json(
     "Write values so that a person can read them."
     path.write_text(json.dumps(values, indent=1)+'\n', encoding='utf-8')
 
-def plain(value): return value.item() if isinstance(value, np.generic) else value
+def plain(value):
+    "Turn a number of numpy into one of Python."
+    return value.item() if isinstance(value, np.generic) else value
 
 def plain_params(
     params:dict, # of a model, as its user gave them
@@ -127,7 +129,9 @@ def check_parts(
 MOST = 1 << 16   # of pixels, of values, of neighbours; a seed may be any number
 MOST_LISTED = 50 # layers, or patch sizes
 
-def too_large(value)->bool: return isinstance(value, int) and abs(value) > MOST
+def too_large(value)->bool:
+    "Tell whether a value is a whole number beyond `MOST`."
+    return isinstance(value, int) and abs(value) > MOST
 
 def check_bounds(
     params:dict, # from a file
@@ -194,7 +198,7 @@ def read_tensors(
 # %% ../nbs/08_model_files.ipynb #4057aa8b
 @dataclass(frozen=True)
 class Wanted:
-    "What whoever loads a model wants to be otherwise than in its files."
+    "Settings of `load` that replace those in the files."
     sizes:dict=field(default_factory=dict)   # `resize` and `imagesize`, as a file would say them; what is not among them stays
     shape:tuple[int,int]|None=None           # (width, height) of an image that settles the size where nothing is cut; None: the model's own
     runtime:dict=field(default_factory=dict) # fields of `Compute`

@@ -159,7 +159,7 @@ def nearest_neighbours(
 # %% ../nbs/00b_nearest.ipynb #b951f5a8
 def register_search(
     name:str, # what the command line shall call it
-)->Callable: # decorator for a class with fit(memory_bank) -> self, a call (queries (Q, D), k) -> squared distances (Q, k) and rows (Q, k), and recall_
+)->Callable: # decorator for a class with fit(memory_bank) -> self, a call (queries (Q, D), k) -> squared distances (Q, k) and rows (Q, k); recall_ and least if it has them
     "Give a way of searching a name."
     return SEARCHES.register(name)
 

@@ -6,7 +6,7 @@
 __all__ = ['Prediction', 'empty_maps', 'score_images', 'Detector']
 
 # %% ../nbs/07d_prediction.ipynb #22f919ed
-import importlib, math
+import importlib, math, warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,11 @@ class Prediction:
     def normalised_over_set(self)->'Prediction': # an ensemble's is another one
         "Judge as the reference would judge these images as one test set."
         return self
+
+    def over_set(self)->'Prediction':
+        "Call `normalised_over_set` by the name that it had in 0.1."
+        warnings.warn('Prediction.over_set is called normalised_over_set now: the old name goes with the next version', DeprecationWarning, stacklevel=2)
+        return self.normalised_over_set()
 
     def __repr__(self)->str: return importlib.import_module('patchcore_nb.show').prediction_text(self)
     def _repr_html_(self)->str:

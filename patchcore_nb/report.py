@@ -318,4 +318,5 @@ __getattr__ = renamed(__name__,
     scores_by_kind='sections.scores_by_kind', worth_a_look='sections.worth_a_look',
     match_of='sections.match_of', matches='sections.matches',
     threshold_facts='sections.threshold_facts', model_facts='sections.model_facts',
-    suspect_pictures='sections.suspect_pictures', share='svg_charts.share')
+    suspect_pictures='sections.suspect_pictures', share='svg_charts.share',
+    figure_name='report_words.metric_name', figure_text='report_words.metric_text')

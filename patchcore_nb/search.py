@@ -288,4 +288,5 @@ _all_ = ['naive_neighbours', 'nearest_neighbours', 'at_once', 'pair_dists', 'top
          'merge_neighbours', 'SLACK', 'register_search', 'ByProduct', 'Codes', 'encode', 'int8_works',
          'GROUP', 'whole_product', 'Target', 'make_target', 'least_value', 'search_block', 'open_groups'] # of the notebooks before
 _MOVED = 'others', 'measure_recall', 'guess_length', 'Fast', 'Half', 'Eight', 'IVFPQ' # to the one after
-__getattr__ = renamed(__name__, **{o: f'approximate.{o}' for o in _MOVED})
+__getattr__ = renamed(__name__, smallest='nearest.topk_per_query', look='quantised.search_block',
+                      SEARCHES='names.SEARCHES', **{o: f'approximate.{o}' for o in _MOVED})

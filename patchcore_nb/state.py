@@ -24,12 +24,14 @@ from .thresholds import read_calibration
 def get_state(
     model:PatchCore, # fitted
 )->tuple[dict,dict]: # plain values by name; tensors by name
-    "Take a model apart into all that is needed to wake it up again."
+    "Take a model apart into all that is needed to rebuild it."
     fitted = fitted_for(model, 'saving')
     params = {k: as_list(v) for k, v in model.get_params().items() if k not in RUNTIME}
     return dict(params=params, learned=learned_of(fitted)), tensors_of(fitted)
 
-def as_list(o): return list(o) if isinstance(o, tuple) else o
+def as_list(o):
+    "Make a tuple a list, and leave the rest."
+    return list(o) if isinstance(o, tuple) else o
 
 def learned_of(
     fitted:Fitted,
@@ -104,7 +106,7 @@ def wake_embedder(
     learned:dict,
     tensors:dict[str,Tensor],
 )->Embedder: # as calibrated
-    "Build the embedder of a model that was taken apart."
+    "Rebuild the embedder of a model."
     height, width = learned.get('size') or (1, 1)
     embedder = Embedder(settle(model.embedding, (width, height)), model.compute)
     own = {k.removeprefix('backbone.'): v for k, v in tensors.items() if k.startswith('backbone.')}
@@ -118,7 +120,7 @@ def wake_bank(
     learned:dict,
     tensors:dict[str,Tensor],
 )->MemoryBank:
-    "Put a memory bank together again."
+    "Rebuild the memory bank of a model."
     of_rows = {k: tensors.get(k) for k in ('origin', 'idxs', 'anchor_dists')}
     known = {k: learned.get(k) for k in LEARNED_OF_BANK}
     plain = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
@@ -130,7 +132,7 @@ def from_state(
     tensors:dict[str,Tensor], # tensors, likewise
     **runtime                 # arguments of `PatchCore` that are named in `RUNTIME`
 )->PatchCore: # ready to predict
-    "Wake a model up."
+    "Rebuild a model."
     wrong = set(runtime)-set(RUNTIME)
     if wrong: raise ArgumentError(f"{', '.join(sorted(wrong))} cannot be changed in a fitted model: only {', '.join(RUNTIME)} can")
     model = PatchCore(**check_params(state['params']), **runtime)

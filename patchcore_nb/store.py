@@ -29,7 +29,7 @@ from .thresholds import Calibration, read_calibration
 FORMATS = ('both', 'ours', 'reference')
 
 class Formats(NamedTuple):
-    "What is written of a model."
+    "In which formats a model is saved: ours, the reference's, or both."
     ours:bool
     reference:bool
     said:str # what to tell the user; may be empty

@@ -1,5 +1,6 @@
 "PatchCore as an estimator: any images, any size, more of them, fewer of them, threads, copies, and what scikit-learn expects."
 import copy
+import importlib
 import inspect
 import multiprocessing
 import pickle
@@ -764,3 +765,30 @@ class Own(PatchCore):
     "A model with a name of its own."
 
 def test_a_model_of_ones_own_stays_one(): assert type(Own('filterbank', **SMALL).fit(IMAGES[:3]).shrink(.05)) is Own
+
+
+# Names of 0.1
+
+OLD = {'search': 'smallest look SEARCHES Fast', 'experiment': 'CHUNK judge Nested SETTINGS', 'extractor': 'Known', 'patchcore': 'LeftOut TURNS grow',
+       'report': 'figure_name figure_text share', 'store': 'PARAMS', 'demo': 'SIZE wave frame clip01 photograph yarn draw_denim PITCH nearest_hole draw_sieve teeth draw_cog',
+       'memory': 'parse_size say_size make_plan Plan Load FIGURES spilled stage'}
+
+@pytest.mark.parametrize(('module', 'name'), [(module, name) for module, names in OLD.items() for name in names.split()])
+def test_an_old_name_is_found_and_says_the_new_one(module, name):
+    home = importlib.import_module(f'patchcore_nb.{module}')
+    with pytest.warns(DeprecationWarning, match='is called'): assert getattr(home, name) is not None
+
+def test_the_module_memory_is_called_budget():
+    import patchcore_nb
+    from patchcore_nb import budget
+    with pytest.warns(DeprecationWarning, match='memory is called budget now'): from patchcore_nb.memory import Plan
+    assert Plan is budget.Plan and importlib.util.find_spec('patchcore_nb.memory') and inspect.getmodule(Plan) is budget
+    with pytest.raises(AttributeError, match='nothing_of_the_kind'): patchcore_nb.memory.nothing_of_the_kind
+
+def test_a_prediction_had_over_set(fitted):
+    seen = fitted.predict(IMAGES[:1])
+    with pytest.warns(DeprecationWarning, match='normalised_over_set'): assert seen.over_set() is seen
+
+def test_b_is_called_reweight_k():
+    for change in (lambda m: setattr(m, 'b', 9), lambda m: m.set_params(b=9)):
+        with pytest.raises(ArgumentError, match='argument b of PatchCore is called reweight_k now'): change(model())
