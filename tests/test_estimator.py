@@ -522,7 +522,7 @@ def test_there_are_views(): assert {'memory_bank_', 'threshold_', 'radii_', 'ori
 def test_views_are_read_only(fitted, name):
     with pytest.raises(AttributeError): setattr(fitted, name, 1)
 
-@pytest.mark.parametrize('name, near', [('nonsense', 'unknown argument'), ('ration', "did you mean 'ratio'"), ('batchsize', "'batch_size'"), ('b', 'unknown argument'), ('scale_to', 'unknown argument'), ('threshold', 'unknown argument')])
+@pytest.mark.parametrize('name, near', [('nonsense', 'unknown argument'), ('ration', "did you mean 'ratio'"), ('batchsize', "'batch_size'"), ('b', 'is called reweight_k now'), ('scale_to', 'unknown argument'), ('threshold', 'unknown argument')])
 def test_what_does_not_exist_is_refused(fitted, name, near):
     for how in (lambda: setattr(fitted, name, 1), lambda: fitted.set_params(**{name: 1})):
         with pytest.raises(ArgumentError, match=near): how()
