@@ -39,7 +39,11 @@ def is_another(
     new,
 )->bool:
     "Tell whether an argument has changed."
-    return old is not new and not (type(old) is type(new) and old == new)
+    if old is new: return False
+    if type(old) is not type(new): return True
+    old, new = (o.tolist() if hasattr(o, 'tolist') else o for o in (old, new)) # arrays compare number by number
+    try: return not bool(old == new)
+    except Exception: return True # they cannot be compared
 
 # %% ../nbs/07g_estimator.ipynb #ed8fc904
 class Estimator:
