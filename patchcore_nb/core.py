@@ -53,10 +53,10 @@ def named_device(
     name:str='device',       # of the argument
 )->torch.device: # which is there
     "Find a device of torch, or say why it cannot be used."
-    try:
-        found = torch.device(device)
-        if found.type != 'cpu': torch.empty(0, device=found)
-    except Exception as e: raise ArgumentError(f"{name} {str(device)!r} cannot be used here ({first_line(e)[:80]}): pass 'cpu', or the index of a GPU") from None
+    try: found = torch.device(device)
+    except RuntimeError: raise ArgumentError(f"{name} {device!r} is none that torch knows: pass 'cpu', 'cuda:0', or the index of a GPU") from None
+    try: found.type == 'cpu' or torch.empty(0, device=found)
+    except Exception as e: raise ArgumentError(f"{name} '{found}' cannot be used here ({first_line(e)[:80]}): pass 'cpu', or the index of a GPU") from None
     return found
 
 def pick_device(

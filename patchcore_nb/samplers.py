@@ -179,7 +179,9 @@ def check_sampled(
     if shapes != [(m,)]+[(n,)]*len(sizes): raise ArgumentError(f'{said} with {m} anchor_dists and {len(sizes)} guesses of {n} rows each, got shapes {shapes}: see Sampled')
     return found
 
-def _said(o)->str: return f'{o.dtype} of shape {tuple(o.shape)}' if isinstance(o, Tensor) else type(o).__name__
+def _said(o)->str:
+    "Tell what somebody has handed over."
+    return f'{o.dtype} of shape {tuple(o.shape)}' if isinstance(o, Tensor) else type(o).__name__
 
 def coreset(
     rows:Tensor,     # (N, D) patch embeddings
@@ -193,6 +195,7 @@ def coreset(
     rows = rows.float()
     if n == len(rows): sampler = 'identity'
     sizes = [n] if sampler == 'identity' else halved(n)
-    found = check_sampled(SAMPLERS[sampler](rows, sizes, seed, show), sampler, len(rows), sizes)
+    found = SAMPLERS[sampler](rows, sizes, seed, show)
+    found = check_sampled(found, sampler, len(rows), sizes)
     radii = [0.] if n == len(rows) else cover_radii(rows, found.idxs, sizes, found.guesses)
     return Coreset(found.idxs, found.anchor_dists, sizes, radii)
