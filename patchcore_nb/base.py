@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['UNIONS', 'WORDS', 'LISTED', 'PatchCoreError', 'DataError', 'ArgumentError', 'nearest_names', 'unknown', 'first_line',
-           'is_whole', 'is_number', 'as_plain', 'check_made', 'fits', 'say_kind', 'in_short', 'check_kind',
-           'check_fields', 'load_promised', 'Registry', 'renamed']
+           'is_whole', 'is_number', 'as_plain', 'fits', 'say_kind', 'in_short', 'check_kind', 'check_fields',
+           'check_made', 'load_promised', 'Registry', 'renamed']
 
 # %% ../nbs/00_base.ipynb #6ec48dba
-import difflib, importlib, os, sys, types, typing, warnings
+import difflib, importlib, math, os, types, typing, warnings
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import MISSING, fields
 from importlib.metadata import EntryPoint, entry_points
@@ -68,7 +68,9 @@ def is_number(
     x, # anything
 )->bool:
     "Tell whether a value is a finite number; True and False are none."
-    return isinstance(x, Real) and not isinstance(x, bool) and abs(x) <= sys.float_info.max
+    if not isinstance(x, Real) or isinstance(x, bool): return False
+    try: return math.isfinite(x)
+    except OverflowError: return False # a whole number that no float reaches
 
 def as_plain(
     x, # anything
@@ -78,18 +80,6 @@ def as_plain(
     return tuple(map(as_plain, x)) if isinstance(x, (list, tuple)) else x
 
 # %% ../nbs/00_base.ipynb #3ff5159b
-def check_made(
-    made,      # what a function of somebody's own returns
-    shape:Sequence[int], # that it must have
-    what:str,  # kind of function: "patch_score"
-    name:str,  # of it
-): # the same
-    "Refuse what is no tensor of the right shape."
-    got = tuple(made.shape) if hasattr(made, 'requires_grad') else type(made).__name__
-    if got == tuple(shape): return made
-    wants = '(B,), a number for each image' if len(shape) == 1 else 'as many numbers as it is given'
-    raise ArgumentError(f'{what} {name!r} must return {wants}, shape {tuple(shape)}, got {got}: mend the function')
-
 UNIONS = types.UnionType, typing.Union
 WORDS = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text',
          Path: 'a path', types.NoneType: 'None'}
@@ -152,6 +142,19 @@ def check_fields(
     for o in fields(record):
         found = check_kind(o.name, getattr(record, o.name), o.type, o.default)
         object.__setattr__(record, o.name, found)
+
+# %% ../nbs/00_base.ipynb #10e26684
+def check_made(
+    made,      # what a function of somebody's own returns
+    shape:Sequence[int], # that it must have
+    what:str,  # kind of function: "patch_score"
+    name:str,  # of it
+): # the same
+    "Refuse what is no tensor of the right shape."
+    got = tuple(made.shape) if hasattr(made, 'requires_grad') else type(made).__name__
+    if got == tuple(shape): return made
+    wants = '(B,), a number for each image' if len(shape) == 1 else 'as many numbers as it is given'
+    raise ArgumentError(f'{what} {name!r} must return {wants}, shape {tuple(shape)}, got {got}: mend the function')
 
 # %% ../nbs/00_base.ipynb #75ff744d
 def load_promised(
