@@ -150,12 +150,13 @@ def patch_grid(
     h:int, w:int,  # cells of the first layer's map
     patchsize:int, # p, cells
     stride:int=1,  # cells from one patch to the next
+    name:str='patchsize', # of the argument
 )->tuple[int,int]: # rows and columns of patches
     "Work out the grid of patches over a map."
-    if patchsize > 2*min(h, w)+1: raise ArgumentError(f'patchsize {patchsize} is far larger than the feature map of {h} x {w} cells: pass a smaller patchsize')
+    if patchsize > 2*min(h, w)+1: raise ArgumentError(f'{name} {patchsize} is far larger than the feature map of {h} x {w} cells: pass a smaller patchsize')
     beyond = 2*((patchsize-1)//2)-patchsize # cells of padding less those of a patch
     size = tuple((s+beyond)//stride+1 for s in (h, w))
-    if min(size) < 1: raise ArgumentError(f'patchsize {patchsize} is larger than the feature map of {h} x {w} cells: pass a smaller patchsize or a larger imagesize')
+    if min(size) < 1: raise ArgumentError(f'{name} {patchsize} is larger than the feature map of {h} x {w} cells: pass a smaller patchsize or a larger imagesize')
     return size
 
 # %% ../nbs/03_aggregator.ipynb #b70352ea
@@ -194,7 +195,7 @@ AGGREGATIONS = 'mean', 'mlp'
 
 def _check_size(name:str, value:int|None):
     "Refuse a size below one."
-    if value is None or value < 1: raise ArgumentError(f'{name} must be at least 1, got {value}: pass a whole number from 1')
+    if not is_whole(value) or value < 1: raise ArgumentError(f'{name} must be at least 1, got {value!r}: pass a whole number from 1')
 
 def _check_settings(a:'Aggregator'):
     "Refuse settings that no embedding can have."
@@ -246,7 +247,7 @@ class Aggregator:
     )->tuple[int,int]: # rows and columns of patches
         "Work out the grid of patches over an image."
         _check_settings(self)
-        for p in self.more_patchsizes: patch_grid(h, w, p, self.stride)
+        for p in self.more_patchsizes: patch_grid(h, w, p, self.stride, 'more_patchsizes')
         return patch_grid(h, w, self.patchsize, self.stride)
 
     def __call__(self,

@@ -186,8 +186,10 @@ def speak(
 ):
     "Run a command: one line for an error, and leave with a status."
     show = warnings.showwarning
-    warnings.showwarning = print_warning
     typed = sys.argv[1:] if args is None else args
+    def print_in_flags(message, category, *args, **kw):
+        print_warning(as_flags(str(message), flags_of(command, typed)), category)
+    warnings.showwarning = print_in_flags
     try: status = status_of(command, name, typed, interrupted)
     finally: warnings.showwarning = show
     sys.exit(status)

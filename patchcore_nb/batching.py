@@ -69,7 +69,7 @@ def check_split(
     fraction:float, # part that is kept for training
 ):
     "Raise unless it lies in (0, 1]."
-    if not 0 < fraction <= 1: raise ArgumentError(f'train_val_split must be in (0, 1], got {fraction}: pass 0.8 to train on 80%')
+    if not (is_number(fraction) and 0 < fraction <= 1): raise ArgumentError(f'train_val_split must be in (0, 1], got {fraction!r}: pass 0.8 to train on 80%')
 
 def hold_out(
     n:int,          # number of training images

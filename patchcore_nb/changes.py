@@ -193,8 +193,10 @@ def with_left_out(
 )->Fitted: # the same, if it knows
     "Judge the training images, if that is not known."
     if fitted.bank.origin is None: raise ArgumentError("suspects needs to know which image each patch came from, which the reference's files do not tell: fit again")
+    items = None if images is None else as_items(images)
     known = 0 if fitted.left_out is None else len(fitted.left_out.numbers)
-    enough = known if images is None else known == fitted.bank.n_images # of a large memory, fit asks about a hundred images alone
+    enough = known if items is None else known == fitted.bank.n_images # of a large memory, fit asks about a hundred images alone
+    if enough and items is not None: check_same_images(fitted.bank, items)
     if enough: return fitted
-    if images is None: raise ArgumentError('the training images are not at hand any more: pass suspects those that were given to fit')
-    return replace(fitted, left_out=look_back(fitted, as_items(images)))
+    if items is None: raise ArgumentError('the training images are not at hand any more: pass suspects those that were given to fit')
+    return replace(fitted, left_out=look_back(fitted, items))

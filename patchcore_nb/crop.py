@@ -14,13 +14,17 @@ from PIL import Image
 from scipy.ndimage import map_coordinates
 from torch import Tensor
 
+from .base import as_plain
 from .core import *
 
 # %% ../nbs/01_crop.ipynb #aae70427
-def _sides(size)->Sequence: # one or two things that should be whole numbers
+def _sides(size)->Sequence[int]: # one or two; a ValueError if it is no size
     "Part a size into its sides."
-    if isinstance(size, str): return size.lower().split('x')
-    return size if isinstance(size, (list, tuple)) else [size]
+    if isinstance(size, str): return tuple(int(o) for o in size.lower().split('x'))
+    sides = as_plain(size)
+    several = isinstance(sides, tuple)
+    if several and len(sides) != 2: raise ValueError
+    return sides if several else (sides,)
 
 def parse_pixels(
     size:int|str|Sequence[int], # pixels; or (height, width); or text such as "224" or "224x448"
@@ -28,10 +32,9 @@ def parse_pixels(
 )->int|tuple[int,int]: # pixels; or (height, width)
     "Read a size in pixels from whatever gives one."
     wrong = ArgumentError(f'{what} must be pixels or HEIGHTxWIDTH, got {size!r}: pass 224 or 224x448')
-    if isinstance(size, float): raise wrong
-    try: sides = tuple(int(o) for o in _sides(size))
-    except (TypeError, ValueError): raise wrong from None
-    if len(sides) not in (1, 2): raise wrong
+    try: sides = _sides(size)
+    except ValueError: raise wrong from None
+    if len(sides) not in (1, 2) or not all(map(is_whole, sides)): raise wrong
     if min(sides) < 1: raise ArgumentError(f'{what} must be at least 1 pixel, got {size}: pass 224')
     return sides if len(sides) == 2 else sides[0]
 

@@ -63,10 +63,11 @@ def check_patchsizes(
     shapes:list[tuple[int,int,int]], # (C, h, w) of each layer's map
 ):
     "Refuse a neighbourhood that is larger than some layer's map."
-    for p in (what.patchsize, *what.more_patchsizes):
+    names = ['patchsize']+['more_patchsizes']*len(what.more_patchsizes)
+    for name, p in zip(names, (what.patchsize, *what.more_patchsizes)):
         for layer, (_, h, w) in zip(what.layers, shapes):
             room = min(h, w)+2*((p-1)//2)
-            if room < p: raise ArgumentError(f'patchsize {p} is larger than the map of {layer}, {h} x {w} cells: pass a smaller patchsize or a larger imagesize')
+            if room < p: raise ArgumentError(f'{name} {p} is larger than the map of {layer}, {h} x {w} cells: pass a smaller {name} or a larger imagesize')
 
 def build_aggregator(
     what:Embedding,
@@ -114,6 +115,7 @@ def view(self:Embedder,
     turn:str='as it is', # a name in `TURNS`
 )->Image.Image:
     "Cut the part of an image that the network sees."
+    if turn not in TURNS: raise unknown('turn', turn, TURNS)
     crop, im = self.preprocess_.crop, to_pil(image)
     square = len(set(self.preprocess_.size)) == 1
     return TURNS[turn](crop(im)) if square else crop(TURNS[turn](im)) # a rectangle has to be cut after the turn

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
+from .base import check_fields
 from .budget import parse_size
 from .core import *
-from .data import Preprocess
+from .data import Preprocess, parse_pixels
 from .extractor import split_seed
 
 # %% ../nbs/07_embedding.ipynb #0fbd8b25
@@ -36,6 +37,13 @@ class Embedding:
     precision:str='float32'              # of the backbone: "float32" or "bfloat16"
     seed:int=0                           # of random weights and random projections
     weights_sha256:str=''                # of the backbone's weights, as calibrated; empty: not known yet
+
+    def __post_init__(self):
+        for name in ('resize', 'imagesize'): # which may be text
+            size = getattr(self, name)
+            if size is not None: object.__setattr__(self, name, parse_pixels(size, name))
+        check_fields(self)
+        check_seed(self.seed)
 
     @property
     def own_seed(self)->int:
@@ -90,12 +98,14 @@ class Compute:
     spill_dir:str|Path|None=None         # folder for patches that are over the budget; None: the one for temporary files
     cache:str|Path|None=None             # folder where patch embeddings are kept for the next time; None: they are not
 
+    def __post_init__(self): check_fields(self)
+
     def device_of(self, # of the embedding, or
         search:bool=False, # of the search?
     )->torch.device:
         "Find the device of embedding or of searching."
         same = not search or self.search_device is None
-        return pick_device(self.device if same else self.search_device)
+        return pick_device(self.device) if same else pick_device(self.search_device, 'search_device')
 
 RUNTIME = tuple(o.name for o in fields(Compute))
 
@@ -107,11 +117,11 @@ def check_count(
     value,       # what was given
     least:int,   # that it may be
     most:int|None=None, # that it may be; None: any
-):
+)->int: # the same
     "Refuse what is not a whole number within bounds."
-    whole = isinstance(value, int) and not isinstance(value, bool)
     bounds = f'at least {least}' if most is None else f'from {least} to {most:,}'
-    if not whole or value < least or most is not None and value > most: raise ArgumentError(f'{name} must be a whole number, {bounds}, got {value!r}: pass {max(least, getattr(Compute, name) or 1)}')
+    if not is_whole(value) or value < least or most is not None and value > most: raise ArgumentError(f'{name} must be a whole number, {bounds}, got {in_short(value)}: pass {max(least, getattr(Compute, name, 1) or 1)}')
+    return value
 
 def check_compute(
     how:Compute,
@@ -121,4 +131,5 @@ def check_compute(
     check_count('num_workers', how.num_workers, 0, MOST_THREADS)
     if how.search_threads is not None: check_count('search_threads', how.search_threads, 1, MOST_THREADS)
     parse_size(how.memory_budget) # which refuses what is no size
+    if how.search_device is not None: how.device_of(search=True) # likewise
     return how

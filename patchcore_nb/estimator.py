@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RENAMED', 'NotFittedError', 'make_not_fitted', 'not_fitted', 'OwnLock', 'changing', 'is_another', 'arguments_of',
-           'check_name', 'as_tuple', 'asked_of', 'unfit', 'Estimator', 'view_of']
+           'check_name', 'asked_of', 'unfit', 'Estimator', 'view_of']
 
 # %% ../nbs/07g_estimator.ipynb #0728b612
 import contextlib, inspect, sys
@@ -54,7 +54,11 @@ def is_another(
     new,
 )->bool:
     "Tell whether an argument has changed."
-    return old is not new and not (type(old) is type(new) and old == new)
+    if old is new: return False
+    if type(old) is not type(new): return True
+    old, new = (o.tolist() if hasattr(o, 'tolist') else o for o in (old, new)) # arrays compare number by number
+    try: return not bool(old == new)
+    except Exception: return True # they cannot be compared
 
 @lru_cache(maxsize=None)
 def arguments_of(
@@ -75,15 +79,11 @@ def check_name(
     if new in params: raise ArgumentError(f'the argument {name} of {kind.__name__} is called {new} now: set {new}')
     raise unknown(f'argument of {kind.__name__}', name, params)
 
-def as_tuple(o): # anything
-    "Make a tuple of a list, which would change in place."
-    return tuple(map(as_tuple, o)) if isinstance(o, (list, tuple)) else o
-
 def asked_of(
     model, # an `Estimator`
 )->dict: # name -> value, lists as tuples
     "List what says what a model is, as it is now."
-    return {k: as_tuple(model.__dict__.get(k)) for k in model.params() if k not in model.runtime}
+    return {k: as_plain(model.__dict__.get(k)) for k in model.params() if k not in model.runtime}
 
 def unfit(
     model, # an `Estimator`

@@ -16,10 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .base import check_fields
 from .budget import Load, Plan, free_memory, make_plan, parse_size, release, stage, too_many
 from .core import *
 from .data import TURNS, check_split, hold_out
 from .embedder import Embedder, with_turns
+from .embedding import check_count
 from .left_out import LeftOut, leave_out, strangeness, take_rows
 from .memory_bank import MemoryBank, digest_images, make_bank
 from .names import SEARCHES
@@ -45,6 +47,8 @@ class Recipe:
     smoothing:float=4.              # deviation of the Gaussian over the maps, pixels; 0: none
     seed:int=0                      # of which images are held out
 
+    def __post_init__(self): check_fields(self)
+
     @property
     def views(self)->int:
         "In how many ways each image is turned."
@@ -57,8 +61,7 @@ def check_share(
     usual:float, # a value that will do
 ):
     "Refuse what is no share."
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value is not None and not (number and 0 < value < 1): raise ArgumentError(f'{name} must be in (0, 1), got {value!r}: pass {usual}')
+    if value is not None and not (is_number(value) and 0 < value < 1): raise ArgumentError(f'{name} must be in (0, 1), got {value!r}: pass {usual}')
 
 def check_recipe(
     recipe:Recipe,
@@ -70,9 +73,11 @@ def check_recipe(
     check_share('confidence', recipe.confidence, .9)
     cleaned(torch.zeros(1), recipe.denoise)
     check_rule(recipe.rule)
-    SEARCHES.find(recipe.search)() # which refuses what cannot be done here
+    check_seed(recipe.seed)
+    search = SEARCHES.find(recipe.search)() # which refuses what cannot be done here
+    if not (hasattr(search, 'fit') and callable(search)): raise ArgumentError(f'search {recipe.search!r} must be a class with fit(memory_bank) and a call, got {in_short(search)}: write a class, as Exact is')
     smoothing = recipe.smoothing
-    if not isinstance(smoothing, (int, float)) or not 0 <= smoothing < 1000: raise ArgumentError(f'smoothing must be in [0, 1000) pixels, got {smoothing!r}: pass 4')
+    if not (is_number(smoothing) and 0 <= smoothing < 1000): raise ArgumentError(f'smoothing must be in [0, 1000) pixels, got {smoothing!r}: pass 4')
     return recipe
 
 # %% ../nbs/07e_fitting.ipynb #5d0008ab
@@ -98,7 +103,7 @@ def split_images(
     grid:tuple[int,int], # (h, w) patches of an image
 )->Split:
     "Say which images are remembered and how many of their patches, or refuse a number that is too small."
-    keep, held = hold_out(n, recipe.train_val_split, recipe.seed)
+    keep, held = hold_out(check_count('n_images', n, 1), recipe.train_val_split, recipe.seed)
     if recipe.denoise and len(keep) < 2: raise ArgumentError('denoise compares training images with one another, and there is only one: pass more images, or leave denoise out')
     patches = len(keep)*recipe.views*math.prod(grid)
     clean = patches-int(patches*recipe.denoise)

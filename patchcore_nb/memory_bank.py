@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MemoryBank', 'places', 'digest_images', 'make_bank', 'smaller_size', 'naive_pick_new', 'pick_new', 'cover',
-           'known_radius', 'unordered', 'number_of', 'gap']
+           'known_radius', 'unordered', 'is_numbers', 'number_of', 'gap']
 
 # %% ../nbs/07b_memory_bank.ipynb #cd3c4f1b
 from collections.abc import Callable, Sequence
@@ -194,6 +194,14 @@ def unordered(
     return replace(bank, rows=rows, origin=origin, sizes=(len(rows),), radii=(radius,), **no_order)
 
 # %% ../nbs/07b_memory_bank.ipynb #3b3dc132
+def is_numbers(
+    o, # anything
+)->bool:
+    "Tell whether this is a number, or a list of them, and no image."
+    if hasattr(o, 'ndim'): return o.ndim < 2 and not (isinstance(o, np.ndarray) and o.dtype.kind in 'UO')
+    if isinstance(o, (list, tuple, set, range)): return bool(o) and all(map(is_numbers, o))
+    return o is None or isinstance(o, (int, float, np.number))
+
 def number_of(
     bank:MemoryBank,
     number:int, # of an image
@@ -208,7 +216,8 @@ def numbers_of(self:MemoryBank,
     image, # a number in `origin`, or whatever `as_items` takes of what was remembered
 )->list[int]: # at least one
     "Find the numbers of images in `origin`."
-    if isinstance(image, (int, np.integer)) and not isinstance(image, bool): return [number_of(self, image)]
+    if is_whole(image): return [number_of(self, image)]
+    if is_numbers(image): raise ArgumentError(f'forget takes whole numbers or images, got {in_short(image)}: pass numbers one by one, forget(2, 3)')
     numbers = []
     for o in as_items(image):
         digest = digest_image(o)

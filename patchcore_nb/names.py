@@ -13,7 +13,7 @@ from .base import *
 # %% ../nbs/00_names.ipynb #ed8124dd
 SAMPLERS = Registry('sampler', 'patchcore_nb.samplers', dict.fromkeys(
     ['approx_greedy_coreset', 'greedy_coreset', 'single_start_coreset', 'random', 'identity'], 'samplers'))
-PATCH_SCORES = Registry('patchscore', 'patchcore_nb.patch_scores', dict.fromkeys(
+PATCH_SCORES = Registry('patch_score', 'patchcore_nb.patch_scores', dict.fromkeys(
     ['max', 'mean', 'top1%', 'smoothed', 'reweighted'], 'scorer'))
 DISTANCES = Registry('distance', 'patchcore_nb.distances', dict.fromkeys(
     ['squared', 'euclidean', 'cosine'], 'scorer'))

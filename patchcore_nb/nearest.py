@@ -161,7 +161,10 @@ def register_search(
     name:str, # what the command line shall call it
 )->Callable: # decorator for a class with fit(memory_bank) -> self, a call (queries (Q, D), k) -> squared distances (Q, k) and rows (Q, k); recall_ and least if it has them
     "Give a way of searching a name."
-    return SEARCHES.register(name)
+    def add(o):
+        if not callable(getattr(o, 'fit', None)): raise ArgumentError(f'search {name!r} must be a class with fit(memory_bank) and a call, got {in_short(o)}: write a class, as Exact is')
+        return SEARCHES.register(name)(o)
+    return add
 
 class ByProduct:
     "Exact search by matrix product in float32."

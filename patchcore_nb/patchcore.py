@@ -21,8 +21,8 @@ from .budget import Plan
 from .changes import computed_by, forget_images, join_models, learn_more, shrink_to, with_left_out
 from .core import *
 from .embedder import Embedder, find_embedder
-from .embedding import RUNTIME, Compute, Embedding, check_compute, settle
-from .estimator import Estimator, as_tuple, changing, is_another, not_fitted, view_of
+from .embedding import RUNTIME, Compute, Embedding, check_compute, check_count, settle
+from .estimator import Estimator, changing, is_another, not_fitted, view_of
 from .evaluation import auroc
 from .fitting import Fitted, Recipe, check_recipe, counts_maps, fit_parts, memory_load, plan_for, split_images
 from .items import as_items, aside_of, check_labels, good_items, item_size
@@ -80,7 +80,7 @@ PARAMS = PatchCore.params()
 # %% ../nbs/07g_patchcore.ipynb #809b46ea
 def picked(model:PatchCore, names:Sequence[str])->dict:
     "Look up some arguments of a model."
-    return {k: as_tuple(getattr(model, k)) for k in names}
+    return {k: as_plain(getattr(model, k)) for k in names}
 
 @patch(as_prop=True)
 def embedding(self:PatchCore)->Embedding:
@@ -230,7 +230,7 @@ def plan(self:PatchCore,
     if '_checked' not in self.__dict__: self.check()
     embedder, recipe = self._checked.with_compute(self.compute), self.recipe
     split = split_images(recipe, n_images, embedder.grid_)
-    n_test = max(n_test, n_images-len(split.keep))
+    n_test = max(check_count('n_test', n_test, 0), n_images-len(split.keep))
     return plan_for(embedder, memory_load(embedder, recipe, len(split.keep), split.n_kept, n_test))
 
 # %% ../nbs/07g_patchcore.ipynb #7300c413

@@ -92,6 +92,7 @@ def original_map(self:Prediction,
     i:int, # which image, 0 <= i < B
 )->np.ndarray: # (height, width) of the image as it was given, float32; NaN where the network saw nothing
     "Lay the map of one image on the image itself."
+    if not is_whole(i) or not -len(self) <= i < len(self): raise ArgumentError(f'i must be the number of one of the {len(self)} images, from 0, got {in_short(i)}: pass 0 for the first')
     return to_original(self.anomaly_maps[i], item_size(self.images[i]), self.preprocess)
 
 # %% ../nbs/07d_prediction.ipynb #46e29ded

@@ -22,7 +22,7 @@ from .core import *
 from .embedding import split_seed
 from .model_files import MOST, Wanted, at_size, wake
 from .backbones import reference_name
-from .patchcore import PatchCore, as_tuple
+from .patchcore import PatchCore
 
 # %% ../nbs/08_reference_files.ipynb #5691fcc8
 HEADER = struct.Struct('<4siqqqBiQ') # kind, D, M, two fillers, trained, metric, number of floats: 45 bytes
@@ -172,7 +172,7 @@ def not_in_reference(
     "List what the reference's files cannot say about a model."
     name = split_seed(model.backbone)[0]
     stranger = [] if reference_name(name) else [f'the backbone {name}']
-    own = {k: as_tuple(v) for k, v in model.get_params().items()}
+    own = {k: as_plain(v) for k, v in model.get_params().items()}
     odd = [k for k, v in ALWAYS.items() if own[k] != v]
     return stranger+[f'{o} {own[o]!r}' for o in (*odd, *odd_sizes(model))]
 

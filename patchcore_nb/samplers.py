@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Sampled', 'register_sampler', 'approx_greedy', 'greedy', 'single_start', 'nearest_at_sizes', 'random_rows',
-           'identity', 'coreset_size', 'halved', 'Coreset', 'coreset', 'SAMPLERS', 'Lowering', 'lower_by_product',
-           'Picks', 'farthest_points', 'naive_farthest_points', 'shortfall', 'project', 'project_sparse', 'start_mean',
-           'start_norm', 'cover_radii', 'naive_cover_radius']
+           'identity', 'coreset_size', 'halved', 'Coreset', 'check_sampled', 'coreset', 'SAMPLERS', 'Lowering',
+           'lower_by_product', 'Picks', 'farthest_points', 'naive_farthest_points', 'shortfall', 'project',
+           'project_sparse', 'start_mean', 'start_norm', 'cover_radii', 'naive_cover_radius']
 
 # %% ../nbs/04_samplers.ipynb #252db6be
 from collections.abc import Callable
@@ -141,7 +141,7 @@ def coreset_size(
 )->int: # M, at least 1
     "Work out how many rows a sampler keeps."
     SAMPLERS.find(sampler)
-    if not 0 < ratio <= 1: raise ArgumentError(f'ratio must be in (0, 1], got {ratio:g}: pass 0.1 to keep 10%')
+    if not (is_number(ratio) and 0 < ratio <= 1): raise ArgumentError(f'ratio must be in (0, 1], got {ratio!r}: pass 0.1 to keep 10%')
     return n if sampler == 'identity' else max(1, int(n*ratio))
 
 
@@ -161,6 +161,28 @@ class Coreset:
     radii:list[float]   # true cover radius at each of `sizes`, in the full space
 
 # %% ../nbs/04_samplers.ipynb #bace30a8
+def check_sampled(
+    found,        # what a sampler hands back
+    sampler:str,  # its name, for errors
+    n:int,        # N, rows to choose from
+    sizes:list[int], # of nested coresets; the last is M
+)->Sampled: # the same
+    "Refuse what is no coreset of the size that was asked for."
+    m, said = sizes[-1], f'sampler {sampler!r} must return Sampled(idxs, anchor_dists, guesses)'
+    if not (isinstance(found, tuple) and len(found) == 3): raise ArgumentError(f'{said}, got {type(found).__name__}: see Sampled')
+    found = Sampled(*found)
+    right = isinstance(found.idxs, Tensor) and found.idxs.dtype == torch.int64 and found.idxs.shape == (m,)
+    if not right: raise ArgumentError(f'{said} with idxs of {m} int64, as many as asked for, got {_said(found.idxs)}')
+    inside = (found.idxs >= 0) & (found.idxs < n)
+    if not inside.all() or len(found.idxs.unique()) < m: raise ArgumentError(f'{said} with {m} different rows from 0 to {n-1}, got some twice or beyond: choose each row once')
+    shapes = [tuple(getattr(o, 'shape', ())) for o in (found.anchor_dists, *found.guesses)]
+    if shapes != [(m,)]+[(n,)]*len(sizes): raise ArgumentError(f'{said} with {m} anchor_dists and {len(sizes)} guesses of {n} rows each, got shapes {shapes}: see Sampled')
+    return found
+
+def _said(o)->str:
+    "Tell what somebody has handed over."
+    return f'{o.dtype} of shape {tuple(o.shape)}' if isinstance(o, Tensor) else type(o).__name__
+
 def coreset(
     rows:Tensor,     # (N, D) patch embeddings
     ratio:float=0.1, # fraction to keep, (0, 1]; 1 keeps all
@@ -174,5 +196,6 @@ def coreset(
     if n == len(rows): sampler = 'identity'
     sizes = [n] if sampler == 'identity' else halved(n)
     found = SAMPLERS[sampler](rows, sizes, seed, show)
+    found = check_sampled(found, sampler, len(rows), sizes)
     radii = [0.] if n == len(rows) else cover_radii(rows, found.idxs, sizes, found.guesses)
     return Coreset(found.idxs, found.anchor_dists, sizes, radii)

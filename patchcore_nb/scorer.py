@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['register_distance', 'squared', 'euclidean', 'cosine', 'needs_unit', 'register_patch_score', 'image_scores',
            'needs_memory', 'highest', 'mean', 'top_hundredth', 'blur_matrix', 'smooth_grid', 'smoothed', 'reweight',
-           'Rule', 'is_whole', 'check_rule', 'Scores', 'Neighbours', 'Matches', 'score', 'strangest', 'reweighted',
-           'map_matrix', 'make_maps', 'naive_maps', 'Scorer', 'check_memory']
+           'Rule', 'check_rule', 'Scores', 'Neighbours', 'Matches', 'score', 'strangest', 'reweighted', 'map_matrix',
+           'make_maps', 'naive_maps', 'Scorer', 'check_memory']
 
 # %% ../nbs/05_scorer.ipynb #3471eaeb
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from einops import rearrange
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 from torch import Tensor
 
+from .base import check_made
 from .core import *
 from .names import DISTANCES, PATCH_SCORES, SEARCHES
 from .search import check_k
@@ -175,12 +176,6 @@ class Rule:
         return max(self.k, getattr(PATCH_SCORES.find(self.patch_score), 'least', 1))
 
 # %% ../nbs/05_scorer.ipynb #a71c8969
-def is_whole(
-    x, # anything
-)->bool:
-    "Tell whether a value is a whole number; True and False are none."
-    return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
-
 def check_rule(
     rule:Rule,
     m:int|None=None, # M, patches in the memory bank; None: not known yet
@@ -226,9 +221,11 @@ def score(
     neighbours:Neighbours|None=None, # of the patches; as for `queries`
 )->Scores: # on the device of the distances
     "Turn distances to neighbours into scores."
-    patch_scores = DISTANCES.find(rule.distance)(dists).mean(1).view(grid) # (B, h, w)
+    own = DISTANCES.find(rule.distance)(dists)
+    patch_scores = check_made(own, dists.shape, 'distance', rule.distance).mean(1).view(grid) # (B, h, w)
     more = [Matches(queries, dists, idxs, neighbours, rule)] if needs_memory(rule.patch_score) else []
     image_scores = PATCH_SCORES[rule.patch_score](patch_scores, *more)
+    check_made(image_scores, grid[:1], 'patch_score', rule.patch_score)
     return Scores(image_scores, patch_scores, idxs[:, 0].view(grid))
 
 # %% ../nbs/05_scorer.ipynb #67d2467c
@@ -272,6 +269,7 @@ def make_maps(
     keep:tuple[int,int]|None=None, # how much of it the image fills, from the left and top; None: all
 )->Tensor: # (B, H, W), or (B, *keep)
     "Scale patch scores to the size of the image and soften them."
+    if getattr(patch_scores, 'ndim', 0) != 3: raise ArgumentError(f'patch_scores must be (B, h, w), got {in_short(getattr(patch_scores, "shape", patch_scores))}: pass patch_scores[None] for one image')
     sides = zip(patch_scores.shape[1:], size, keep or size)
     h, w = (map_matrix(cells, pixels, float(sigma))[:kept].to(patch_scores.device)
             for cells, pixels, kept in sides)

@@ -89,7 +89,7 @@ def cleaned(
     fraction:float, # of the patches to leave out, [0, 1)
 )->Tensor: # (n,) int64 rows to keep, ascending; n >= 1
     "Choose which patches to keep: all but the worst fraction."
-    if not 0 <= fraction < 1: raise ArgumentError(f'denoise must be in [0, 1), got {fraction}: pass 0.02 to leave the strangest 2% of the patches out')
+    if not (is_number(fraction) and 0 <= fraction < 1): raise ArgumentError(f'denoise must be in [0, 1), got {fraction!r}: pass 0.02 to leave the strangest 2% of the patches out')
     out = min(int(len(far)*fraction), len(far)-1)
     nearest = far.argsort(stable=True)[:len(far)-out]
     return nearest.sort()[0]

@@ -279,7 +279,7 @@ def test_categories_and_kinds_keep_their_names_and_digits_in_tables(tmp_path):
     (dict(sampler='-p x identity'), ['not a valid float']),
     (dict(sampler='gredy_coreset'), ['unknown sampler', "'greedy_coreset'"]), (dict(name='mvtek'), ['unknown dataset', "'mvtec'"]),
     (dict(core=CORE.replace('resnet18', 'resnet81')), ['unknown backbone', "'resnet18'"]), (dict(core=CORE.replace('layer3', 'layr3')), ['unknown layer', "'layer3'", 'layer1']),
-    (dict(core=CORE.replace('layer3', 'fc')), ['not a map']), (dict(core=CORE+' -le layer2'), ['twice']), (dict(core=CORE+' --patchscore maks'), ['unknown patchscore', "'max'"]),
+    (dict(core=CORE.replace('layer3', 'fc')), ['not a map']), (dict(core=CORE+' -le layer2'), ['twice']), (dict(core=CORE+' --patchscore maks'), ['unknown --patchscore', "'max'"]),
     (dict(core=CORE+' --search exakt'), ['unknown search', "'exact'"]), (dict(group='--memory_budget much'), ['memory_budget', '2GB']), (dict(group='--memory_budget 50MB'), ['memory_budget of 50 MB is too small']),
     (dict(core=CORE+' -b wideresnet50'), ['-le layer2', 'from 0 to 1', '0.layer2']), (dict(core='-b resnet18 -b resnet18 -le 0.layer2 --weights random'), ['backbone 1', 'has no layer', '-le 1.']), (dict(core=CORE+' --patchsize 0'), ['patchsize']), (dict(core=CORE+' --patchsize 99'), ['far larger than the feature map']),
     (dict(core=CORE+' --patchoverlap 1'), ['patchoverlap']), (dict(core=CORE+' --anomaly_scorer_num_nn 0'), ['anomaly_scorer_num_nn']),

@@ -32,7 +32,10 @@ from patchcore_nb.embedding import RUNTIME
 from patchcore_nb.ensemble import Ensemble
 from patchcore_nb.evaluation import auroc
 from patchcore_nb.items import as_items
+from patchcore_nb.names import DISTANCES, PATCH_SCORES, SAMPLERS, SEARCHES
 from patchcore_nb.patchcore import PARAMS, PatchCore
+from patchcore_nb.samplers import Sampled
+from patchcore_nb.search import register_search
 from patchcore_nb.store import load, save
 from patchcore_nb.thresholds import calibrate
 
@@ -537,6 +540,71 @@ def test_an_ensemble_by_hand(pair):
     assert len(m) == 1 and torch.equal(m.predict(IMAGES).members[0].image_scores, pair.predict(IMAGES).members[0].image_scores)
     m.set_params(k=2)
     assert not m.is_fitted and m.members[0].k == 2
+
+
+# Arguments that cannot be are named, numbers of numpy are numbers
+
+WRONG = [('ratio', ['x', None, '0.1', True, float('nan')]), ('train_val_split', ['x', None, True]), ('denoise', ['x', None, True]), ('stride', ['1', 1.5, None]), ('patchsize', ['3', 3., None, True]), ('pretrain_dim', ['x', 1.5]), ('target_dim', ['x', 1.5]),
+         ('more_patchsizes', [3, None, ['3'], [99]]), ('resize', [None, (64,), 64., 'x', True]), ('imagesize', [(64,), 'x', 64.]), ('layers', [3, None, 'layer2', [3]]), ('backbone', [3, None]), ('seed', ['x', None, 2**80, 1.5, True]), ('cache', [3]), ('spill_dir', [3]),
+         ('weights_dir', [3]), ('device', ['x', 1.5, True, [0]]), ('search_device', ['x', 1.5]), ('augment', ['no', 2]), ('smoothing', [True, '4', -1]), ('show', ['yes']), ('k', ['1', True, 1.]), ('patch_score', [3, 'maks']), ('sampler', [3]), ('search', [3]), ('distance', [None]),
+         ('weights', [3]), ('batch_size', ['x', 2.5]), ('num_workers', [None]), ('search_threads', ['x']), ('memory_budget', [3.5, 'lots']), ('false_alarms', ['x', True]), ('confidence', [[1]])]
+
+@pytest.mark.parametrize('name, value', [(k, o) for k, v in WRONG for o in v], ids=str)
+def test_an_argument_of_a_wrong_type_is_named(name, value):
+    with pytest.raises(ArgumentError) as e: PatchCore(**dict(backbone='filterbank') | SMALL | {name: value}).fit(IMAGES[:3])
+    assert name in str(e.value) and len(str(e.value).splitlines()) == 1
+
+def test_what_a_wrong_argument_is_told():
+    for name, value, said in [('layers', 'layer2', "layers must be a list, got 'layer2': pass ['layer2']"), ('more_patchsizes', 3, 'more_patchsizes must be a list, got 3: pass [3]'), ('ratio', 'x', "ratio must be a number, got 'x': pass 0.1"),
+                              ('resize', None, 'resize must be a whole number or a pair of whole numbers, got None: pass 256'), ('cache', 3, 'cache must be a path or None, got 3: leave it out')]:
+        with pytest.raises(ArgumentError) as e: model(**{name: value}).check()
+        assert str(e.value) == said
+
+@pytest.mark.parametrize('kw', [dict(k=np.int64(1), seed=np.int64(0), batch_size=np.int64(2), num_workers=np.int32(0), search_threads=np.int64(1), smoothing=np.float32(4), false_alarms=np.float64(.05), ratio=np.float64(.1), memory_budget=np.int64(4e9)),
+                                dict(resize=np.int64(64), imagesize=(np.int64(64), 64), patchsize=np.int64(3), target_dim=np.int64(64), layers=np.array(['layer2', 'layer3']), device=np.int64(-1), show=np.bool_(False))], ids=['recipe', 'embedding'])
+def test_numbers_of_numpy_are_numbers(fitted, kw, tmp_path):
+    m = model(**kw, cache=tmp_path).fit(IMAGES)
+    assert torch.equal(m.predict(IMAGES).image_scores, fitted.predict(IMAGES).image_scores)
+
+def test_an_array_as_an_argument_is_compared_by_its_values(fitted):
+    m = copy.deepcopy(fitted)
+    m.layers = np.array(['layer2', 'layer3'])
+    m.layers = np.array(['layer2', 'layer3'])
+    m.fit(IMAGES[:2]).layers = np.array(['layer2', 'layer3'])
+    assert m.is_fitted
+    m.layers = np.array(['layer2'])
+    assert not m.is_fitted
+
+@pytest.mark.parametrize('ask, word', [(lambda m: m.view(IMAGES[0], 'upside'), 'unknown turn'), (lambda m: m.make_maps(torch.zeros(8, 8)), r'patch_scores must be \(B, h, w\)'), (lambda m: m.predict(IMAGES).original_map(8), 'one of the 8 images'),
+                                       (lambda m: m.plan('x'), 'n_images must be'), (lambda m: m.plan(4, 'x'), 'n_test must be'), (lambda m: m.shrink('.1'), 'ratio must be'), (lambda m: m.shrink(None), 'ratio must be')])
+def test_a_question_that_cannot_be_is_told_why(fitted, ask, word):
+    with pytest.raises(ArgumentError, match=word): ask(fitted)
+
+@pytest.mark.parametrize('images', [[2, 3], (2,), torch.tensor(2), torch.tensor([2, 3]), np.array([2, 3]), np.array(2), 2., True, None, range(2), {2, 3}], ids=str)
+def test_numbers_to_forget_come_one_by_one(fitted, images):
+    with pytest.raises(ArgumentError, match=r'pass numbers one by one, forget\(2, 3\)'): copy.deepcopy(fitted).forget(images)
+
+def test_suspects_of_other_images(fitted):
+    "Also where the answer is known since the fit."
+    known = fitted.suspects()
+    assert fitted.suspects(IMAGES).equals(known) and fitted.suspects(o for o in IMAGES).equals(known)
+    with pytest.raises(DataError, match='image 0 is not the one that was given to fit'): fitted.suspects(IMAGES[::-1])
+    with pytest.raises(ArgumentError, match='takes the 8 images'): fitted.suspects(IMAGES[:3])
+
+OWN = {'patch_score': [lambda s: s, lambda s: [1.]*len(s), lambda s: s.amax()], 'distance': [lambda d: d[:, 0], lambda d: d.numpy(), lambda d: d.T],
+       'sampler': [lambda r, s, *_: torch.arange(s[-1]), lambda r, s, *_: Sampled(torch.arange(3), torch.zeros(3), []), lambda r, s, *_: Sampled(torch.zeros(s[-1]).long(), torch.zeros(s[-1]), [])]}
+
+@pytest.mark.parametrize('what, i', [(k, i) for k, v in OWN.items() for i in range(len(v))])
+def test_a_part_of_ones_own_that_returns_something_else(monkeypatch, what, i):
+    table = dict(patch_score=PATCH_SCORES, distance=DISTANCES, sampler=SAMPLERS)[what]
+    monkeypatch.setitem(table.found, 'mine', OWN[what][i])
+    with pytest.raises(ArgumentError, match=f"{what} 'mine' must return"): PatchCore('filterbank', **SMALL | {what: 'mine', 'k': 3}).fit(IMAGES).predict(IMAGES)
+
+def test_a_search_that_is_none(monkeypatch):
+    with pytest.raises(ArgumentError, match="search 'mine' must be a class with fit"): register_search('mine')(lambda queries, k: None)
+    assert 'mine' not in SEARCHES
+    monkeypatch.setitem(SEARCHES.found, 'mine', type('Mine', (), dict(fit=lambda self, bank: self)))
+    with pytest.raises(ArgumentError, match="search 'mine' must be a class with fit"): model(search='mine').check()
 
 
 # What fails, changes nothing

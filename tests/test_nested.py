@@ -110,14 +110,14 @@ def test_a_sweep_judges_pixels_once_unless_asked(cog):
     table = sweep(model(), Category(cog.dataset, cog.name, cog.train[:6], cog.test[::4]), [.02, .01], [1, 2])
     assert table.pixel_auroc.isna().tolist() == [True]*3+[False] and np.isfinite(table.image_auroc).all()
 
-@pytest.mark.parametrize('kw, word', [(dict(ratios=[.1, 2]), r'\(0, 1\]'), (dict(ratios=[.1, 1]), 'no order of picks'), (dict(ratios=[.00001, .1], ks=[5]), 'memory bank of 1 '), (dict(patch_scores=['maks']), 'unknown patchscore')])
+@pytest.mark.parametrize('kw, word', [(dict(ratios=[.1, 2]), r'\(0, 1\]'), (dict(ratios=[.1, 1]), 'no order of picks'), (dict(ratios=[.00001, .1], ks=[5]), 'memory bank of 1 '), (dict(patch_scores=['maks']), 'unknown patch_score')])
 def test_sweeps_that_cannot_be(cog, kw, word):
     with pytest.raises(ArgumentError, match=word): sweep(model(), cog, **dict(ratios=[.1]) | kw)
 
 
 @pytest.mark.parametrize('args, words', [
     (dict(ratios=[.1, 1.]), 'below 1'), (dict(ratios=[0, .1]), 'ratio'), (dict(ratios=[.1], ks=[1, 10**6]), 'memory bank'), (dict(ratios=[.1], ks=[0, 1]), 'at least 1'),
-    (dict(ratios=[.1], patch_scores=['max', 'foo']), 'unknown patchscore'), (dict(ratios=[]), 'at least one ratio'), (dict(ratios=[1e-6, .1], patch_scores=['reweighted']), 'reweighted')])
+    (dict(ratios=[.1], patch_scores=['max', 'foo']), 'unknown patch_score'), (dict(ratios=[]), 'at least one ratio'), (dict(ratios=[1e-6, .1], patch_scores=['reweighted']), 'reweighted')])
 def test_a_sweep_is_refused_before_the_work_begins(cog, monkeypatch, args, words):
     monkeypatch.setattr(Embedder, 'forward', lambda *a, **kw: pytest.fail('images were embedded'))
     with pytest.raises(ArgumentError, match=words): sweep(model(), cog, **args)

@@ -26,6 +26,7 @@ from patchcore_nb.embedding import RUNTIME
 from patchcore_nb.core import ArgumentError, DataError
 from patchcore_nb.ensemble import Ensemble
 from patchcore_nb.extractor import create_backbone
+from patchcore_nb.names import DISTANCES, PATCH_SCORES, SAMPLERS, SEARCHES
 from patchcore_nb.patchcore import PatchCore
 from patchcore_nb.model_files import TENSORS, VALUES
 from patchcore_nb.reference_files import (
@@ -614,15 +615,66 @@ def test_a_setting_that_cannot_be_is_an_argument_of_the_caller(other, tmp_path, 
     save(other, tmp_path/'m', 'ours')
     with pytest.raises(ArgumentError): load(tmp_path/'m', **runtime)
 
-@pytest.mark.parametrize('given', [dict(resize='72', imagesize='64'), dict(k=np.int64(2), ratio=np.float64(.1)), dict(augment=1), dict(resize=np.int64(64))], ids=str)
+@pytest.mark.parametrize('given', [dict(resize='72', imagesize='64'), dict(k=np.int64(2), ratio=np.float64(.1)), dict(augment=1), dict(resize=np.int64(64)),
+                                   dict(resize=(np.int64(64), 64), more_patchsizes=np.array([1]), layers=np.array(['layer2', 'layer3']), seed=np.int64(3), smoothing=np.float32(4))], ids=str)
 def test_what_fit_takes_can_be_read_again(tmp_path, given):
     m = PatchCore('filterbank', **SMALL | given).fit(IMAGES[:2])
     assert torch.equal(scores(load(save(m, tmp_path/'m', 'ours'))), scores(m))
 
 def test_what_could_not_be_read_again_is_not_written(tmp_path):
-    m = PatchCore('filterbank', **SMALL | dict(more_patchsizes=np.array([1]))).fit(IMAGES[:2])
+    m = PatchCore('filterbank', **SMALL).fit(IMAGES[:2])
+    m.__dict__['more_patchsizes'] = object() # behind the model's back
     with pytest.raises(DataError, match='more_patchsizes'): save(m, tmp_path/'m', 'ours')
     assert not list(tmp_path.iterdir())
+
+
+# What was learned is held against the rest, entry by entry
+
+LIES = [('n_images', -1), ('n_images', True), ('n_images', 3), ('n_patches', -1), ('n_patches', 2.5), ('digests', [1]), ('digests', []), ('grid', 'anything'), ('grid', [8]), ('grid', [0, 8]), ('size', [64, -1]), ('size', [10**9, 64]),
+        ('backbone_sha256', 3), ('calibration', 0), ('calibration', []), ('sizes', [9, 3]), ('sizes', [10**6]), ('sizes', ['3']), ('radii', [1.]), ('radii', [-1.]), ('radii', 7)]
+
+@pytest.mark.parametrize('entry, value', LIES, ids=str)
+def test_a_lie_about_what_was_learned_is_named(other, tmp_path, entry, value):
+    save(other, tmp_path/'m', 'ours')
+    values(tmp_path/'m'/VALUES, ('learned', entry, value))
+    with pytest.raises(DataError, match=entry) as e: load(tmp_path/'m')
+    assert str(tmp_path/'m') in str(e.value) and len(str(e.value).splitlines()) == 1
+
+SPOILT_ROWS = {'origin': [lambda o: o[:3], lambda o: o[:, :2].contiguous(), lambda o: o+1000, lambda o: -o-1, lambda o: o.float()], 'idxs': [lambda o: o[:2], lambda o: o*0, lambda o: -o-1, lambda o: o.int()],
+               'anchor_dists': [lambda o: o[:2], lambda o: o.long(), lambda o: o[:, None].contiguous()]}
+
+@pytest.mark.parametrize('name, i', [(k, i) for k, v in SPOILT_ROWS.items() for i in range(len(v))])
+def test_tensors_that_speak_of_other_rows_are_named(other, tmp_path, name, i):
+    "With a digest that fits, as for the bank."
+    folder = save(other, tmp_path/'m', 'ours')
+    tensors = load_file(folder/TENSORS)
+    save_file(tensors | {name: SPOILT_ROWS[name][i](tensors[name])}, folder/TENSORS)
+    values(folder/VALUES, ('sha256', TENSORS, hashlib.sha256((folder/TENSORS).read_bytes()).hexdigest()))
+    refused(load, folder, says=f'{folder/TENSORS}: {name} must')
+
+def test_a_parameter_under_two_names(other, tmp_path):
+    "The old one is read in old files alone, and there beside the new one no more."
+    path = save(other, tmp_path/'m', 'ours')/VALUES
+    says(path, 'b', 3, 2); refused(load, tmp_path/'m', says=f"{path}: the model has an unknown parameter 'b'")
+    says(path, 'b', 3, 1); refused(load, tmp_path/'m', says=f'{path}: the model says b and reweight_k')
+    values(path, ('params', 'reweight_k', None))
+    assert load(tmp_path/'m').reweight_k == 3
+
+def test_a_seed_that_is_too_large_is_named(other, tmp_path):
+    says(save(other, tmp_path/'m', 'ours')/VALUES, 'seed', 10**30)
+    refused(load, tmp_path/'m', says='seed')
+
+OWN = dict(patch_score=(PATCH_SCORES, lambda s: s.flatten(1).topk(2)[0].mean(1)), distance=(DISTANCES, lambda d: d+1), search=(SEARCHES, lambda: SEARCHES['exact']()), sampler=(SAMPLERS, lambda *a: SAMPLERS['random'](*a)))
+
+@pytest.mark.parametrize('what', OWN)
+def test_a_part_of_ones_own_that_is_not_registered_where_the_model_is_loaded(tmp_path, monkeypatch, what):
+    table, own = OWN[what]
+    with monkeypatch.context() as patch:
+        patch.setitem(table.found, 'top2', own)
+        m = PatchCore('filterbank', **SMALL | {what: 'top2'}).fit(IMAGES[:2])
+        save(m, tmp_path/'m', 'ours')
+        assert torch.equal(scores(load(tmp_path/'m')), scores(m))
+    refused(load, tmp_path/'m', says=f"the model uses {what} 'top2', which nothing here registers: import or install what registers it")
 
 
 # Models of the version before
