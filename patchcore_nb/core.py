@@ -6,7 +6,7 @@
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'check_seed', 'generator', 'best_device', 'named_device', 'pick_device', 'full_scale',
            'to_rgb', 'FirstFrameWarning', 'read_image', 'to_pil', 'normalise', 'denormalise', 'to_tensor', 'disk_error',
            'make_folder', 'replacing', 'replacing_folder', 'progress', 'PatchCoreError', 'DataError', 'ArgumentError',
-           'nearest_names', 'first_line', 'unknown', 'is_whole', 'is_number', 'in_short', 'full_precision',
+           'nearest_names', 'first_line', 'unknown', 'as_plain', 'is_whole', 'is_number', 'in_short', 'full_precision',
            'in_threads', 'limit_threads']
 
 # %% ../nbs/00_core.ipynb #47a55bb6
@@ -23,7 +23,7 @@ from .base import *
 from .concurrency import *
 
 _all_ = ['PatchCoreError', 'DataError', 'ArgumentError', 'nearest_names', 'first_line', 'unknown',
-         'is_whole', 'is_number', 'in_short', # of base, for all who import core
+         'as_plain', 'is_whole', 'is_number', 'in_short', # of base, for all who import core
          'full_precision', 'in_threads', 'limit_threads'] # of concurrency, likewise
 __getattr__ = renamed(__name__, why='first_line', _disk_error='disk_error')
 
