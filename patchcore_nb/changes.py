@@ -117,8 +117,8 @@ def shrink_to(
     ratio:float, # part of the patches to remember, (0, 1], at most the one of the fit
 )->Fitted:
     "Keep what fitting at a smaller ratio would have kept."
-    small = replace(fitted, recipe=replace(fitted.recipe, ratio=ratio))
     bank = fitted.bank.shrink(ratio)
+    small = replace(fitted, recipe=replace(fitted.recipe, ratio=ratio))
     return with_bank(small, bank, fitted.held, 'the threshold belongs to the larger model')
 
 # %% ../nbs/07f_learning_on.ipynb #86150d75

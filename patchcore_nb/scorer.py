@@ -225,7 +225,7 @@ def score(
     patch_scores = check_made(own, dists.shape, 'distance', rule.distance).mean(1).view(grid) # (B, h, w)
     more = [Matches(queries, dists, idxs, neighbours, rule)] if needs_memory(rule.patch_score) else []
     image_scores = PATCH_SCORES[rule.patch_score](patch_scores, *more)
-    check_made(image_scores, grid[:1], 'patch_score', rule.patch_score)
+    check_made(image_scores, patch_scores.shape[:1], 'patch_score', rule.patch_score)
     return Scores(image_scores, patch_scores, idxs[:, 0].view(grid))
 
 # %% ../nbs/05_scorer.ipynb #67d2467c

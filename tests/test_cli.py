@@ -420,6 +420,19 @@ def test_a_program_names_no_flag_that_it_does_not_have():
     said = 'pass a smaller ratio, k or imagesize=224'
     assert as_flags(said, flags_of(predict_cli)) == 'pass a smaller ratio, k or --imagesize 224'
     assert as_flags(said, flags_of(cli, 'r patch_core_loader -p m dataset -d a mvtec b'.split())) == 'pass a smaller ratio, k or --imagesize 224'
+
+def test_a_device_is_called_gpu_where_it_is_typed():
+    "And an unknown score by its flag; Python's users read the names of the arguments."
+    from patchcore_nb.answers import as_flags, flags_of
+    from patchcore_nb.cli import cli
+    for ask, said in [(lambda: core.pick_device(-2), '--gpu must be -1'), (lambda: core.pick_device(-2, 'search_device'), '--faiss_on_gpu must be'), (lambda: scorer.image_scores(torch.zeros(1, 2, 2), 'maks'), "unknown --patchscore 'maks'")]:
+        with pytest.raises(core.ArgumentError) as e: ask()
+        assert as_flags(str(e.value), flags_of(cli)).startswith(said)
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_a_gpu_that_is_not_there(call):
+    code, lines, _ = call(args=['--gpu', '0', 'results', 'patch_core', *CORE.split(), 'sampler', 'identity', 'dataset', *SMALL.split(), '-d', 'tile', 'mvtec', 'data'])
+    assert code == 0 and any('--gpu 0 is not there' in o and '--gpu -1 says so' in o for o in lines), lines
     assert as_flags(said, flags_of(cli, 'r patch_core -b x sampler -p 1 a dataset -d a mvtec b'.split())) == 'pass a smaller -p, --anomaly_scorer_num_nn or --imagesize 224'
     arguments = set(inspect.signature(PatchCore).parameters)
     for command in (cli, evaluate_cli, predict_cli):
