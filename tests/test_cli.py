@@ -420,6 +420,13 @@ def test_a_program_names_no_flag_that_it_does_not_have():
     said = 'pass a smaller ratio, k or imagesize=224'
     assert as_flags(said, flags_of(predict_cli)) == 'pass a smaller ratio, k or --imagesize 224'
     assert as_flags(said, flags_of(cli, 'r patch_core_loader -p m dataset -d a mvtec b'.split())) == 'pass a smaller ratio, k or --imagesize 224'
+    assert as_flags(said, flags_of(cli, 'r patch_core -b x sampler -p 1 a dataset -d a mvtec b'.split())) == 'pass a smaller -p, --anomaly_scorer_num_nn or --imagesize 224'
+    arguments = set(inspect.signature(PatchCore).parameters)
+    for command in (cli, evaluate_cli, predict_cli):
+        found = flags_of(command)
+        assert all(spelling(o).startswith('-') for o in found.values()) and {'imagesize', 'resize', 'batch_size', 'weights_dir', 'device'} <= found.keys()
+    unsaid = {'sampler', 'stride', 'show', 'spill_dir'} # an argument of the command line, an overlap, and what it settles itself
+    assert arguments-flags_of(cli).keys() == unsaid
 
 def test_a_device_is_called_gpu_where_it_is_typed():
     "And an unknown score by its flag; Python's users read the names of the arguments."
@@ -433,13 +440,6 @@ def test_a_device_is_called_gpu_where_it_is_typed():
 def test_a_gpu_that_is_not_there(call):
     code, lines, _ = call(args=['--gpu', '0', 'results', 'patch_core', *CORE.split(), 'sampler', 'identity', 'dataset', *SMALL.split(), '-d', 'tile', 'mvtec', 'data'])
     assert code == 0 and any('--gpu 0 is not there' in o and '--gpu -1 says so' in o for o in lines), lines
-    assert as_flags(said, flags_of(cli, 'r patch_core -b x sampler -p 1 a dataset -d a mvtec b'.split())) == 'pass a smaller -p, --anomaly_scorer_num_nn or --imagesize 224'
-    arguments = set(inspect.signature(PatchCore).parameters)
-    for command in (cli, evaluate_cli, predict_cli):
-        found = flags_of(command)
-        assert all(spelling(o).startswith('-') for o in found.values()) and {'imagesize', 'resize', 'batch_size', 'weights_dir', 'device'} <= found.keys()
-    unsaid = {'sampler', 'stride', 'show', 'spill_dir'} # an argument of the command line, an overlap, and what it settles itself
-    assert arguments-flags_of(cli).keys() == unsaid
 
 
 def test_debug_shows_the_traceback(call, monkeypatch):
