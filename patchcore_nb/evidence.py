@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cell_size', 'patch_box', 'surroundings', 'turn_of', 'stored_patch', 'plot_framed', 'strangest_patch', 'plot_match',
-           'check_suspects', 'plot_suspects']
+           'plot_suspects']
 
 # %% ../nbs/09d_evidence.ipynb #5aedd144
 import matplotlib.pyplot as plt
@@ -134,15 +134,6 @@ def plot_match(
     clear_ticks(axs)
     return axs
 
-# %% ../nbs/09d_evidence.ipynb #0c15bbda
-def check_suspects(
-    table, # as `PatchCore.suspects` returns it, shortened
-    items, # training images
-):
-    "Refuse training images that the model was not fitted on."
-    wanted = table.image.max()+1
-    if wanted > len(items): raise ArgumentError(f'train_images must be those that the model was fitted on, at least {wanted}, got {len(items)}')
-
 # %% ../nbs/09d_evidence.ipynb #19f250e0
 def plot_suspects(
     model:PatchCore, # fitted
@@ -154,7 +145,6 @@ def plot_suspects(
     if n < 1: raise ArgumentError(f'n must be at least 1 suspect, got {n}: pass 6')
     items = as_items(train_images)
     table = model.suspects(items).head(n)
-    check_suspects(table, items)
     n = len(table)
     if axs is None: _, axs = plt.subplots(2, n, figsize=(1.55*n, 3.4), layout='constrained', squeeze=False)
     axs = np.asarray(axs).reshape(2, -1)
