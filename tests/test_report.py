@@ -160,7 +160,7 @@ def test_what_predictions_may_say(cog, fitted):
     told = replace(seen, calibration=Calibration([1., 2.], None, 'confidence', 5., 77.25))
     words = Page(render([section(model, cog, told, {}, masks=masks)], HEAD, 'en')).words()
     assert 'with a confidence of 90%' in words and 'at or below 5%' in words and 'Pixels above 77.25' in words and '· p ' in words
-    told.calibration.promise = 'one of its {own}'
+    told = replace(told, calibration=replace(told.calibration, promise='one of its {own}'))
     assert 'one of its {own}' in Page(render([section(model, cog, told, {}, masks=masks)], {}, 'zh')).words()
 
 

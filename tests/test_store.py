@@ -623,7 +623,7 @@ def test_what_fit_takes_can_be_read_again(tmp_path, given):
 
 def test_what_could_not_be_read_again_is_not_written(tmp_path):
     m = PatchCore('filterbank', **SMALL).fit(IMAGES[:2])
-    m.__dict__['more_patchsizes'] = object() # behind the model's back
+    m.__dict__['more_patchsizes'] = m._asked['more_patchsizes'] = object() # behind the model's back
     with pytest.raises(DataError, match='more_patchsizes'): save(m, tmp_path/'m', 'ours')
     assert not list(tmp_path.iterdir())
 
