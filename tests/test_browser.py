@@ -96,7 +96,8 @@ def test_a_click_on_the_map_shows_neighbours(tutorial):
     reason = why.locator('.widget-html:has(table)').last
     before, box = reason.inner_html(), picture.bounding_box()
     picture.click(position=dict(x=box['width']*.5, y=box['height']*.75))
-    page.wait_for_function('before => [...document.querySelectorAll(".patchcore-why .widget-html")].filter((o) => o.querySelector("table")).at(-1).innerHTML !== before', arg=before, timeout=20_000)
+    table = '[...document.querySelectorAll(".patchcore-why .widget-html")].filter((o) => o.querySelector("table")).at(-1)' # none while it is drawn anew
+    page.wait_for_function(f'before => {{ const table = {table}; return table && table.innerHTML !== before }}', arg=before, timeout=20_000)
     assert re.search(r'patch at row 2[01], column 1[34]', reason.inner_text()) # half way across, three quarters down
     shown = reason.locator('img').evaluate_all('imgs => imgs.map((o) => [o.complete, o.naturalWidth, o.alt])')
     assert len(shown) == 5 and all(done and width == 96 for done, width, _ in shown) # the patch, and four neighbours
