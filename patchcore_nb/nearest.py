@@ -153,7 +153,7 @@ def nearest_neighbours(
                 far = d[:, -1]
                 r, j = _in_question(about(q), m, sq, far, k)
                 d[:], i[:] = _better(q, rows, r, j+first, d, i)
-        in_threads(work, len(queries), queries.device, 256)
+        in_threads(work, len(queries), queries.device, 1024) # of fewer, a share is over before its thread has begun
     return dists.square_(), idxs
 
 # %% ../nbs/00b_nearest.ipynb #b951f5a8
