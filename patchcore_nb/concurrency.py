@@ -77,7 +77,10 @@ def _begin():
 @lru_cache(maxsize=4)
 def _pool(threads:int, process:int)->ThreadPoolExecutor: # a process that was forked has none of its parent's threads
     "Keep some threads for shares."
-    return ThreadPoolExecutor(threads, 'share', _begin)
+    pool = ThreadPoolExecutor(threads, 'share', _begin)
+    together = threading.Barrier(threads)
+    list(pool.map(lambda _: together.wait(), range(threads))) # all have begun, and none sets anything later
+    return pool
 
 # %% ../nbs/00_concurrency.ipynb #bddb287c
 def in_threads(
