@@ -67,6 +67,7 @@ def arguments_of(
     "List the names of a constructor's arguments."
     return tuple(inspect.signature(kind).parameters)
 
+# %% ../nbs/07g_estimator.ipynb #9e3d8b7b
 RENAMED = {'b': 'reweight_k'} # arguments of 0.1
 
 def check_name(
@@ -79,6 +80,7 @@ def check_name(
     if new in params: raise ArgumentError(f'the argument {name} of {kind.__name__} is called {new} now: set {new}')
     raise unknown(f'argument of {kind.__name__}', name, params)
 
+# %% ../nbs/07g_estimator.ipynb #f69b5a3f
 def asked_of(
     model, # an `Estimator`
 )->dict: # name -> value, lists as tuples

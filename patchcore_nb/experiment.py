@@ -241,6 +241,7 @@ def run(
         report = run_all(checked, categories, folder, done, outputs, settings)
     return Run(folder, with_mean(report), len(done))
 
+# %% ../nbs/10_run.ipynb #b6d84af7
 def run_all(
     model:Detector, # checked
     categories:Sequence[Category],
