@@ -2,8 +2,14 @@
 
 `python benchmarks/busy.py` times picking a coreset, searching it, embedding images and judging maps, by turns alone and
 beside processes of two torch threads that multiply matrices without a pause. A fair share of a machine of two cores is
-a half beside one such process, a third beside two. Prints a table and writes results/busy.json.
+a half beside one such process, a third beside two. Threads wait as those of the command line do, which see to it before
+torch is imported. Prints a table and writes results/busy.json.
 """
+# ruff: noqa: E402
+from patchcore_nb.answers import sleep_early
+
+sleep_early() # before torch is imported
+
 import contextlib
 import statistics
 import subprocess
@@ -96,7 +102,7 @@ def main():
     runs = {name: make(args.quick) for name, make in STAGES.items()}
     for run in runs.values(): run() # warm
     times = {(name, where): [] for name in runs for where in NEIGHBOURS}
-    for _ in range(1 if args.quick else 5): # rounds, so that whatever else slows the machine down slows all of them
+    for _ in range(1 if args.quick else 9): # rounds, so that whatever else slows the machine down slows all of them
         for where, n in NEIGHBOURS.items():
             with busy(n):
                 for name, run in runs.items(): times[name, where].append(seconds(run))

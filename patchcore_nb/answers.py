@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ARGUMENTS', 'UNLIKE', 'NONE', 'STARTS', 'QUOTED', 'ENDS', 'VALUE', 'RULE', 'COMPARED', 'CHANGE', 'ABOUT', 'PLACES',
-           'NOTHING', 'LOG_ONLINE', 'OUT_OF_MEMORY', 'flags_of', 'spelling', 'typed_value', 'is_clear', 'as_flags',
-           'said_in_flags', 'said_by_click', 'is_out_of_memory', 'message', 'complain', 'print_warning', 'status_of',
-           'speak']
+           'NOTHING', 'LOG_ONLINE', 'OUT_OF_MEMORY', 'SPINS', 'flags_of', 'spelling', 'typed_value', 'is_clear',
+           'as_flags', 'said_in_flags', 'said_by_click', 'is_out_of_memory', 'message', 'complain', 'sleep_early',
+           'print_warning', 'status_of', 'speak']
 
 # %% ../nbs/12_answers.ipynb #7cadd893
 import os, re, shlex, sys, warnings
@@ -156,6 +156,14 @@ def complain(
     print('error:', *words, file=sys.stderr)
     return 2 if isinstance(e, (click.UsageError, ArgumentError)) else 1
 
+# %% ../nbs/12_answers.ipynb #8ba43263
+SPINS = 1000 # turns of a waiting thread: what GNU's OpenMP takes with more threads than cores, else 300,000
+
+def sleep_early():
+    "Let threads that wait for others fall asleep early, unless the environment says how threads wait, or torch is loaded and has read it."
+    is_said = {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'} & set(os.environ)
+    if not is_said and 'torch' not in sys.modules: os.environ['GOMP_SPINCOUNT'] = str(SPINS)
+
 # %% ../nbs/12_answers.ipynb #75d3e987
 def print_warning(message, category, *args, **kw):
     "Print a warning as one line on the standard error."
@@ -185,6 +193,7 @@ def speak(
     interrupted:str='interrupted', # what to say to Ctrl-C
 ):
     "Run a command: one line for an error, and leave with a status."
+    sleep_early()
     show = warnings.showwarning
     typed = sys.argv[1:] if args is None else args
     def print_in_flags(message, category, *args, **kw):

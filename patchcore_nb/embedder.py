@@ -230,7 +230,9 @@ def calibrated(self:Embedder,
     else:
         show_images(backbone, self, items)
         if cache: cache.put(key, {k: v.cpu() for k, v in backbone.state_dict().items()})
-    return Embedder(self.what, self.how, backbone)
+    new = copy.copy(self) # maps and patches have the same shapes as before
+    new.extractor_ = build_extractor(self.what, self.how, backbone)
+    return new
 
 def show_images(
     backbone:nn.Module, # with `calibrate`; is changed
