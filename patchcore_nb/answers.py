@@ -157,10 +157,10 @@ def complain(
     return 2 if isinstance(e, (click.UsageError, ArgumentError)) else 1
 
 # %% ../nbs/12_answers.ipynb #8ba43263
-SPINS = 1000 # turns of a waiting thread: what GNU's OpenMP takes with more threads than cores, else 300,000
+SPINS = 1000 # turns of a waiting thread: what OpenMP takes with more threads than cores, else 300,000
 
 def sleep_early():
-    "Let threads that wait for others fall asleep early, unless the environment says how threads wait, or torch is loaded and has read it."
+    "Let waiting threads fall asleep early, unless the environment says how they wait, or torch has read it."
     is_said = {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'} & set(os.environ)
     if not is_said and 'torch' not in sys.modules: os.environ['GOMP_SPINCOUNT'] = str(SPINS)
 
