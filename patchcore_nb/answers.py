@@ -63,7 +63,8 @@ def typed_value(
     items = [o.strip(' \'"') for o in inside if o.strip()]
     if option.multiple: return ' '.join(f'{flag} {o}' for o in items)
     if argument == 'device' and items == ['cpu']: return f'{flag} -1'
-    return f"{flag} {'x'.join(items)}"
+    between = ' ' if option.nargs > 1 else 'x' # one value may hold several numbers
+    return f'{flag} {between.join(items)}'
 
 # %% ../nbs/12_answers.ipynb #fb3bf931
 STARTS = r'(?<![\w./\\\'"`-])'         # a name starts here, and is no part of a path, a flag or a quotation

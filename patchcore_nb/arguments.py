@@ -52,7 +52,7 @@ def data_arguments(
 )->dict: # arguments of `PatchCore`
     "Name the flags of dataset that say how images are cut and shared out as `PatchCore` does."
     imagesize = None if data['no_crop'] else data['imagesize']
-    shared = {o: data[o] for o in ('augment', 'train_val_split')}
+    shared = {o: data[o] for o in ('augment', 'train_val_split', 'value_range')}
     return dict(resize=data['resize'], imagesize=imagesize) | shared
 
 # %% ../nbs/12_arguments.ipynb #90d46a14

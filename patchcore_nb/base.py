@@ -107,7 +107,8 @@ def say_kind(
     of, origin = typing.get_args(kind), typing.get_origin(kind)
     said = [o for o in of if not (o is str and Path in of)] # a path may be text, which goes without saying
     if origin in UNIONS: return ', '.join(map(say_kind, said[:-1]))+f' or {say_kind(said[-1])}'
-    if origin is tuple and Ellipsis not in of: return 'a pair of whole numbers'
+    pair = origin is tuple and Ellipsis not in of
+    if pair: return 'a pair of whole numbers' if int in of else 'a pair of numbers'
     if origin in (tuple, Sequence): return 'a list'
     return WORDS.get(kind, f'a {kind.__name__}')
 

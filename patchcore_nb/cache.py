@@ -18,6 +18,7 @@ from safetensors.torch import load as read_tensors, save as write_tensors
 from torch import Tensor
 
 from .core import *
+from .bit_depth import is_deep
 
 # %% ../nbs/00d_cache.ipynb #b8210b48
 def _digest(content:bytes)->str: return hashlib.sha256(content).hexdigest()
@@ -28,7 +29,9 @@ def _file_bytes(path:str|Path)->bytes:
 
 def _pixels(image:Image.Image|np.ndarray|Tensor)->tuple[str,np.ndarray]: # what kind of picture; its numbers
     "Read the pixels of a picture in memory: a tensor has its channels first, an array last."
-    if isinstance(image, Image.Image): return image.mode, np.ascontiguousarray(to_pil(image)) # with its palette, upright
+    if isinstance(image, Image.Image):
+        shown = image if is_deep(image) else to_pil(image) # with its palette, upright
+        return image.mode, np.ascontiguousarray(shown)
     kind = type(image).__name__
     if isinstance(image, Tensor): image = image.detach().cpu().numpy()
     return kind, np.ascontiguousarray(image)

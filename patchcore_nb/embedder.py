@@ -116,9 +116,10 @@ def view(self:Embedder,
 )->Image.Image:
     "Cut the part of an image that the network sees."
     if turn not in TURNS: raise unknown('turn', turn, TURNS)
-    crop, im = self.preprocess_.crop, to_pil(image)
-    square = len(set(self.preprocess_.size)) == 1
-    return TURNS[turn](crop(im)) if square else crop(TURNS[turn](im)) # a rectangle has to be cut after the turn
+    how = self.preprocess_
+    im = to_pil(image, how.value_range)
+    square = len(set(how.size)) == 1
+    return TURNS[turn](how.crop(im)) if square else how.crop(TURNS[turn](im)) # a rectangle has to be cut after the turn
 
 @patch
 def read(self:Embedder,
@@ -231,6 +232,7 @@ def calibrated(self:Embedder,
         show_images(backbone, self, items)
         if cache: cache.put(key, {k: v.cpu() for k, v in backbone.state_dict().items()})
     new = copy.copy(self) # maps and patches have the same shapes as before
+    vars(new).pop('_identified', None) # the weights are others
     new.extractor_ = build_extractor(self.what, self.how, backbone)
     return new
 

@@ -14,6 +14,7 @@ import torch
 from .base import check_fields
 from .budget import parse_size
 from .core import *
+from .bit_depth import check_value_range
 from .data import Preprocess, parse_pixels
 from .extractor import split_seed
 
@@ -33,6 +34,7 @@ class Embedding:
     aggregation:str='mean'               # of the joined layers: "mean" or "mlp"
     resize:int|tuple[int,int]=256        # shorter side of the scaled image, pixels; or (height, width)
     imagesize:int|tuple[int,int]|None=224 # side of the square cut from its middle, pixels; or (height, width); None: nothing is cut
+    value_range:tuple[float,float]|None=None # black and white in images of more than 8 bits; None: not known
     unit:bool=False                      # is each embedding brought to length 1?
     precision:str='float32'              # of the backbone: "float32" or "bfloat16"
     seed:int=0                           # of random weights and random projections
@@ -42,6 +44,8 @@ class Embedding:
         for name in ('resize', 'imagesize'): # which may be text
             size = getattr(self, name)
             if size is not None: object.__setattr__(self, name, parse_pixels(size, name))
+        shown = self.value_range
+        if shown is not None: object.__setattr__(self, 'value_range', check_value_range(shown))
         check_fields(self)
         check_seed(self.seed)
 
@@ -54,7 +58,7 @@ class Embedding:
     @property
     def preprocess(self)->Preprocess:
         "How an image is scaled and cut."
-        return Preprocess(self.resize, self.imagesize)
+        return Preprocess(self.resize, self.imagesize, self.value_range)
 
 # %% ../nbs/07_embedding.ipynb #54f48d7a
 def settle(

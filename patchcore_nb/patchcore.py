@@ -25,10 +25,11 @@ from .embedding import RUNTIME, Compute, Embedding, check_compute, check_count, 
 from .estimator import Estimator, changing, is_another, not_fitted, view_of
 from .evaluation import auroc
 from .fitting import Fitted, Recipe, check_recipe, counts_maps, fit_parts, memory_load, plan_for, split_images
-from .items import as_items, aside_of, check_labels, good_items, item_size
+from .items import as_items, aside_of, check_labels, good_items
 from .left_out import table_of_suspects
 from .prediction import Prediction, score_images
 from .scorer import Rule, needs_unit
+from .survey import look_at
 
 # %% ../nbs/07g_patchcore.ipynb #b75c4518
 class PatchCore(Estimator):
@@ -62,6 +63,7 @@ class PatchCore(Estimator):
         distance:str='squared',               # to a neighbour: a name in `DISTANCES`
         reweight_k:int=9,                     # neighbours of the neighbour, for the patch score "reweighted"
         smoothing:float=4.,                   # deviation of the Gaussian over the maps, pixels; 0: none
+        value_range:tuple[float,float]|None=None, # black and white in images of more than 8 bits; None: found from the training images
         *,
         weights_dir:str|Path|None=None,       # folder with weights files; None: PATCHCORE_NB_WEIGHTS
         device:int|str|torch.device|None=None, # as `pick_device` takes it
@@ -206,10 +208,10 @@ def check(self:PatchCore,
     "Refuse arguments that cannot work, before the images are read."
     check_recipe(self.recipe)
     what = self.embedding
-    shape = (1, 1) if images is None or what.preprocess.size else item_size(as_items(images)[0])
+    what = settle(what, (1, 1)) if images is None else look_at(what, as_items(images))
     others = [*embedders_of(self), *embedders_of(twin)]
     ready = self.__dict__.get('_checked')
-    self._checked = find_embedder(settle(what, shape), check_compute(self.compute), ready, others)
+    self._checked = find_embedder(what, check_compute(self.compute), ready, others)
     return self
 
 # %% ../nbs/07g_patchcore.ipynb #fefc4f2b

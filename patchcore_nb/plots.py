@@ -155,8 +155,7 @@ def seen_square(
     i:int=0,               # which image
 )->Image.Image: # of the anomaly map's size
     "Cut out the part of an image that the network saw."
-    image = to_pil(prediction.images[i])
-    return prediction.preprocess.crop(image)
+    return prediction.preprocess.view(prediction.images[i])
 
 def clear_ticks(
     axs, # any number of axes

@@ -19,6 +19,7 @@ from .plots import to_colours
 from .report_words import RATES, TEXTS, metric_name, metric_text, number, texts
 from .sections import section
 from .svg_charts import fill, is_skewed, svg_curve, svg_histogram, svg_strip, template_text, value_span
+from .survey import SEEN_ENOUGH
 from .thumbnails import SIDE, data_url
 
 _all_ = ['RATES', 'SIDE', 'TEXTS', 'data_url', 'metric_name', 'metric_text', 'number', 'section', 'svg_curve',
@@ -41,6 +42,8 @@ def model_said(
     "Say what a model was made of."
     h, w = m['size']
     said = [say(t, 'made_of', h=h, w=w, **m)]
+    seen = m.get('seen', 1) # not known of older runs
+    if seen < SEEN_ENOUGH: said.append(say(t, 'seen_part', seen=seen))
     for patches, of, radius in zip(m['patches'], m['of'], m['radius']):
         said.append(say(t, 'remembers_of' if of else 'remembers', patches=patches, of=of))
         if radius is not None: said.append(say(t, 'radius', radius=number(radius)))

@@ -228,7 +228,7 @@ def save_pictures(
     def draw(job):
         i, o = job
         mask = None if o.label and o.mask is None else read_masks([o], preprocess)[0].numpy()
-        image, score = preprocess.crop(read_image(o.path)), float(prediction.image_scores[i])
+        image, score = preprocess.view(o.path), float(prediction.image_scores[i])
         found = prediction.anomaly_maps[i]
         panel = draw_panel(image, mask, found, score, top, o.kind, prediction.threshold, low)
         kind = 'JPEG' if o.path.suffix.lower() in JPEG else 'PNG'

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from .base import ArgumentError
 from .cache import digest_image
-from .core import read_image, to_pil
 from .data import Category, Sample, read_masks
 from .evidence import patch_box, stored_patch, strangest_patch
 from .items import as_items
@@ -28,6 +27,7 @@ from .patchcore import PatchCore
 from .plots import colour_range, seen_square
 from .prediction import Detector, Prediction
 from .show import cover_radius, short_name
+from .survey import least_seen
 from .thinning import category_curves
 from .thumbnails import framed, squares
 
@@ -128,7 +128,7 @@ def show_image(
     "Show a test image in its four pictures, with what there is to say of it."
     mask = mask_of(sample, mask, prediction.preprocess)
     p = prediction.p_values
-    image = prediction.preprocess.crop(read_image(sample.path))
+    image = prediction.preprocess.view(sample.path)
     said = about_image(sample, prediction, i)
     said['p'] = None if p is None else plain(p[i])
     said['squares'] = squares(image, mask, prediction.anomaly_maps[i], span)
@@ -226,12 +226,13 @@ def threshold_facts(
 def model_facts(
     model:Detector, # fitted
     category:Category,
-)->dict: # train, good, defective: numbers of images; size (height, width); patches, of, radius: a value for each member
+)->dict: # train, good, defective: numbers of images; size (height, width); seen, share of the image; patches, of, radius: a value for each member
     "Say what a category's model was made of."
     members = model.members
     bad = sum(o.label for o in category.test)
     said = dict(train=len(category.train), good=len(category.test)-bad, defective=bad)
     said['size'] = list(model.preprocess_.size)
+    said['seen'] = least_seen(model.preprocess_, [o.path for o in category.test])[0]
     said['patches'] = [len(o.memory_bank_) for o in members]
     said['of'] = [o.n_patches_ for o in members]
     said['radius'] = [plain(cover_radius(o)) for o in members]
@@ -253,7 +254,7 @@ def show_suspect(
     row, col = (whole_number(suspect.get(k)) for k in ('row', 'col'))
     box = None
     if row is not None and col is not None and hasattr(model, 'grid_'): box = patch_box(model, row, col) # an ensemble has several
-    square = model.preprocess_.crop(to_pil(path))
+    square = model.preprocess_.view(path)
     said = dict(image=str(path), score=plain(suspect['score']), row=row, col=col)
     said['picture'] = framed(square, box)
     return said
