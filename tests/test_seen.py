@@ -9,10 +9,10 @@ from PIL import Image
 
 from patchcore_nb.base import ArgumentError, DataError
 from patchcore_nb.core import read_image, to_pil
-from patchcore_nb.bit_depth import UNSAID, ValueRangeWarning
 from patchcore_nb.ensemble import Ensemble
 from patchcore_nb.patchcore import PatchCore
 from patchcore_nb.store import load, save
+from patchcore_nb.survey import ValueRangeWarning
 
 KW = dict(layers=('layer2', 'layer3'), ratio=.3, target_dim=64, resize=64, imagesize=64, device='cpu', num_workers=0)
 
@@ -136,9 +136,8 @@ def test_arrays_of_16_bits_are_images_of_16_bits():
 
 def test_a_picture_alone_is_shown_by_its_type(tmp_path):
     deep('12 bits', 0).save(tmp_path/'a.png')
-    with pytest.warns(ValueRangeWarning): assert np.asarray(read_image(tmp_path/'a.png')).max() < 20
+    assert np.asarray(read_image(tmp_path/'a.png')).max() < 20
     assert np.asarray(to_pil(tmp_path/'a.png', (0, 4095))).max() > 100
-    assert 'value_range' in UNSAID
 
 
 def test_members_agree():
