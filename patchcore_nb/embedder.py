@@ -231,6 +231,7 @@ def calibrated(self:Embedder,
         show_images(backbone, self, items)
         if cache: cache.put(key, {k: v.cpu() for k, v in backbone.state_dict().items()})
     new = copy.copy(self) # maps and patches have the same shapes as before
+    vars(new).pop('_identified', None) # the weights are others
     new.extractor_ = build_extractor(self.what, self.how, backbone)
     return new
 
