@@ -6,7 +6,7 @@
 __all__ = ['ENOUGH', 'UNSAID', 'SEEN_ENOUGH', 'some_of', 'span_in', 'span_of', 'find_value_range', 'ValueRangeWarning',
            'is_deep_item', 'warn_guessed', 'size_of', 'least_seen', 'warn_unseen', 'look_at']
 
-# %% ../nbs/07_survey.ipynb #7eec1a21
+# %% ../nbs/07_survey.ipynb #0d821087
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +22,7 @@ from .data import image_size
 from .embedding import Embedding, settle
 from .bit_depth import deep_values, is_deep, is_unsigned, joint_range, picture_span
 
-# %% ../nbs/07_survey.ipynb #76498156
+# %% ../nbs/07_survey.ipynb #1f161412
 ENOUGH = 64 # images to look at
 
 def some_of(
@@ -33,7 +33,7 @@ def some_of(
     places = np.linspace(0, len(items)-1, n).round().astype(int)
     return [items[i] for i in places]
 
-# %% ../nbs/07_survey.ipynb #5809ed54
+# %% ../nbs/07_survey.ipynb #bb639616
 def span_in(
     im:Image.Image, # as it was opened
 )->tuple[float,float]|None: # None: 8 bits, or no value is finite
@@ -62,12 +62,13 @@ def find_value_range(
     warnings.warn(f'the training images have more than 8 bits{few}: {black:.6g} is shown as black and {white:.6g} as white, here and in all images that this model judges; value_range=({black:.6g}, {white:.6g}) says the same')
     return black, white
 
-# %% ../nbs/07_survey.ipynb #aeb112b4
+# %% ../nbs/07_survey.ipynb #67c6542c
 class ValueRangeWarning(UserWarning):
     "A deep picture is judged by a range that nobody chose."
 
-UNSAID = ('some images have more than 8 bits, and the model was fitted on none that had: they are shown by the range of their type, '
-          'floats by a guess from the largest value in each: fit on such images, or with value_range=(black, white)')
+UNSAID = ('some images have more than 8 bits, and the model was fitted on none that had: '
+          'they are shown by the range of their type, floats by a guess from the largest value in each: '
+          'fit on such images, or with value_range=(black, white)')
 
 def is_deep_item(
     item, # what `to_pil` takes
@@ -84,7 +85,7 @@ def warn_guessed(
     "Warn if grey values have to be guessed."
     if preprocess.value_range is None and any(map(is_deep_item, some_of(items))): warnings.warn(UNSAID, ValueRangeWarning)
 
-# %% ../nbs/07_survey.ipynb #fd0d0ffe
+# %% ../nbs/07_survey.ipynb #f4948c50
 SEEN_ENOUGH = .75 # of the area
 
 def size_of(
@@ -113,7 +114,7 @@ def warn_unseen(
     share, (w, h) = least_seen(preprocess, items)
     if share < SEEN_ENOUGH: warnings.warn(f'the network sees {share:.0%} of an image of {w} x {h} pixels, the rest is cut off ({preprocess}): pass imagesize=None to see all of it, or a resize and an imagesize of its shape')
 
-# %% ../nbs/07_survey.ipynb #41d58a63
+# %% ../nbs/07_survey.ipynb #a3f6123e
 def look_at(
     what:Embedding,
     items:Sequence, # training images, at least one
