@@ -218,4 +218,4 @@ def load_category(
     "Find the images of one category."
     loader = find_dataset(dataset)
     taken = check_options(dataset, options)
-    return loader(Path(root), category, **taken)
+    return loader(Path(root).expanduser(), category, **taken)

@@ -25,7 +25,7 @@ from .names import PRESETS
 MODEL_FORMATS = 'both', 'ours', 'reference'
 
 @click.group(cls=Parts, context_settings=HELP)
-@click.argument('results_path')
+@click.argument('results_path', type=PLACE)
 @GPU
 @click.option('--seed', type=click.IntRange(0, 2**63-1), default=(0,), multiple=True, show_default=True, help='Seed of all that is random; several run one after the other, and mean and deviation are told.')
 @click.option('--preset', type=click.Choice(list(PRESETS)), default=None, help='Compute as the reference, the paper or anomalib does; a flag that is given beats it. Without it: as the reference.')

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REFERENCE_COLUMNS', 'METRICS', 'SETTINGS', 'INTERVALS', 'KINDS', 'JPEG', 'with_mean', 'write_table', 'write_results',
-           'score_rows', 'write_scores', 'add_rows', 'group_names', 'run_folder', 'digest_category', 'plain_params',
-           'settings_of', 'write_tables', 'write_json', 'write_state', 'read_state', 'find_unfinished', 'picture_name',
-           'save_pictures']
+           'score_rows', 'write_scores', 'add_rows', 'group_names', 'check_inside', 'run_folder', 'digest_category',
+           'plain_params', 'settings_of', 'write_tables', 'write_json', 'write_state', 'read_state', 'find_unfinished',
+           'picture_name', 'save_pictures']
 
 # %% ../nbs/10_results.ipynb #4cb4aabb
 import hashlib, itertools, json, os
@@ -105,14 +105,24 @@ def group_names(
     yield group
     for i in itertools.count(): yield f'{group}_{i}'
 
+def check_inside(
+    name:str,  # of the argument
+    place:str, # its value: a name, or several with slashes between
+):
+    "Refuse a place that is not below the folder of the results."
+    path = Path(place)
+    if not place: raise ArgumentError(f'{name} must not be empty: pass a name for the folder')
+    if path.is_absolute() or '..' in path.parts: raise ArgumentError(f'{name} must be a name below the results folder, got {in_short(place)}: pass a name without .. and without a leading slash')
+
 def run_folder(
-    results:str|Path, # RESULTS_PATH
+    results:str|Path, # RESULTS_PATH; ~ is the home of who runs it
     project:str,      # LOG_PROJECT
     group:str,        # LOG_GROUP
 )->Path: # a folder that did not exist
     "Make the folder of a new run."
-    if not group: raise ArgumentError('log_group must not be empty: pass a name for the folder of the run')
-    home = make_folder(Path(results)/project)
+    check_inside('log_project', project)
+    check_inside('log_group', group)
+    home = make_folder(Path(results).expanduser()/project)
     for name in group_names(group):
         try: (home/name).mkdir(parents=True)
         except FileExistsError: continue

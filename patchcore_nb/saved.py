@@ -18,7 +18,7 @@ from .answers import speak
 from .arguments import check_folders, find_categories, saved_models
 from .base import *
 from .choices import HELP, Parts, Size, check_parts, without
-from .choices import CACHE, GPU, LANG, NO_REPORT, PICTURES, WEIGHTS_DIR, dataset, patch_core_loader
+from .choices import CACHE, GPU, LANG, NO_REPORT, PICTURES, PLACE, WEIGHTS_DIR, dataset, patch_core_loader
 from .cli import report_arguments, show_run
 
 # %% ../nbs/12a_saved.ipynb #a323a705
@@ -36,7 +36,7 @@ def picture_folders(
 
 # %% ../nbs/12a_saved.ipynb #f03ff213
 @click.group(cls=Parts, context_settings=HELP)
-@click.argument('results_path')
+@click.argument('results_path', type=PLACE)
 @GPU
 @click.option('--seed', type=click.IntRange(0, 2**63-1), default=0, show_default=True, help='Seed of how a dataset without a split of its own is split.')
 @PICTURES
@@ -274,9 +274,9 @@ def summary(
 
 # %% ../nbs/12a_saved.ipynb #b9104c2f
 @click.command(context_settings=HELP)
-@click.argument('model')
-@click.argument('images', nargs=-1, required=True)
-@click.option('--output', '-o', default='predictions', show_default=True, help='Folder for scores and maps.')
+@click.argument('model', type=PLACE)
+@click.argument('images', type=PLACE, nargs=-1, required=True)
+@click.option('--output', '-o', type=PLACE, default='predictions', show_default=True, help='Folder for scores and maps.')
 @click.option('--format', 'kind', type=click.Choice(FORMATS), default='both', show_default=True, help='Scores as scores.csv, scores.json, or both.')
 @click.option('--maps', type=click.Choice(MAPS), default='png', show_default=True, help='Maps at the size of each image: overlay (png), float32 (tiff), both, or none.')
 @click.option('--gpu', 'device', type=int, default=0, show_default=True, help='Index of the GPU; -1 forces the CPU.')
