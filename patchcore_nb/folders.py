@@ -112,8 +112,7 @@ def said_left_out(
     said = [_said_group(files, home, why) for (_, why), files in groups.items()]
     if not said: return ''
     more = ['and others'] if len(said) > most else []
-    total = f'{home}: {len(unread)} files are left out'
-    return f'{total}: {"; ".join(said[:most]+more)}'
+    return f'{home} holds images that are not read: {"; ".join(said[:most]+more)}'
 
 # %% ../nbs/01_folders.ipynb #bdc4d6d0
 _WORDS = set('groundtruth gt mask masks label labels annotation annotations segmentation'.split())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .core import *
 from .categories import Category, Sample, list_images, mask_of, register_dataset, subfolders, wrong_layout
-from .folders import find_entry, mask_folder, part_masks, said_of_files, same_form
+from .folders import find_entry, mask_folder, part_masks, said_of_files, said_of_masks, same_form
 
 # %% ../nbs/01_mvtec.ipynb #8586716e
 def find_masks(
@@ -97,13 +97,15 @@ def check_complete(
     samples:list[Sample], # its test images
     test:Path,            # where they should be
     truth:Path,           # where their masks should be
+    good:str='good',      # the folder of good images
 ):
     "Raise unless there are test images, and a mask at least."
     images = 'put good and defective test images into it'
     if not samples: raise wrong_layout(dataset, f'{test} holds no folders of images: {images}')
     if any(o.mask for o in samples): return
     missing = f'{truth} holds no mask of any defective image in {test}'
-    raise wrong_layout(dataset, f'{missing}: put the masks into it')
+    there = said_of_masks(truth, samples, good)
+    raise wrong_layout(dataset, f"{missing}: {there or 'put the masks into it'}")
 
 def image_places(
     home:Path, # of a category
@@ -137,7 +139,7 @@ def read_layout(
     train = good_ones(home/'train'/good)
     aside = good_ones(home/calibration) if calibration else []
     samples = read_tests(home/test, home/truth, good, any_value)
-    if strict: check_complete(dataset, samples, home/test, home/truth)
+    if strict: check_complete(dataset, samples, home/test, home/truth, good)
     places = image_places(home, ['train', test, calibration], home/truth, others)
     every = [*train, *samples, *aside]
     for said in said_of_files(home, home/truth, places, every, good): warnings.warn(said, stacklevel=2)
