@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEXTS', 'NO_IMAGE', 'NO_NAME', 'same_form', 'find_entry', 'part_masks', 'is_note', 'why_unread', 'left_out',
-           'said_left_out', 'masks_below', 'mask_folder', 'unused_masks', 'said_of_masks', 'said_beside',
-           'said_of_files']
+           'said_left_out', 'said_of_folder', 'masks_below', 'mask_folder', 'unused_masks', 'said_of_masks',
+           'said_beside', 'said_of_files']
 
 # %% ../nbs/01_folders.ipynb #af8d4b7b
 import os, re, unicodedata
@@ -75,7 +75,7 @@ def why_unread(
     if any(o.startswith('.') for o in inner): return 'hidden' if ending in readable else ''
     if ending in readable and _ENDING.search(path.stem): return 'called like a mask'
     if ending in readable: return 'no images are looked for there'
-    if ending in HEIC: return 'HEIC is read if pillow-heif is installed: pip install pillow-heif'
+    if ending in HEIC: return 'HEIC is read if pillow-heif is installed: pip install patchcore_nb[heic]'
     return f'{ending} is no image format that is read' if ending else ''
 
 def _files_below(place:Path)->Iterator[Path]:
@@ -113,6 +113,16 @@ def said_left_out(
     if not said: return ''
     more = ['and others'] if len(said) > most else []
     return f'{home} holds images that are not read: {"; ".join(said[:most]+more)}'
+
+# %% ../nbs/01_folders.ipynb #3a3fdc22
+def said_of_folder(
+    folder:Path,
+    images:Sequence[Path], # of it
+)->str: # a line; empty: all are read
+    "Tell which images of a folder are not read."
+    inner = [p for o in subfolders(folder) for p in list_images(o)]
+    files = [p for p in folder.iterdir() if p.is_file()]
+    return said_left_out(folder, left_out([*sorted(files), *inner], images))
 
 # %% ../nbs/01_folders.ipynb #bdc4d6d0
 _WORDS = set('groundtruth gt mask masks label labels annotation annotations segmentation'.split())

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .core import *
-from .categories import Category, Sample, mask_of, register_dataset, wrong_layout
+from .categories import Category, Sample, mask_of, need_heic, register_dataset, wrong_layout
 from .folders import find_entry, same_form
 from .mvtec import find_home, read_layout
 from .splits import split_good
@@ -76,6 +76,7 @@ def cell_files(
     files = tuple(find_entry(folder/o) for o in _stripped(text.split(';')) if o)
     for p in files:
         if not p.is_file(): raise DataError(f'{where} names {text!r}, but {p} is not there: check the name; paths are relative to {folder}, or absolute')
+    need_heic(files)
     return files
 
 def row_sample(

@@ -15,6 +15,7 @@ from patchcore_nb.cli import main
 from patchcore_nb.core import DataError, read_image
 from patchcore_nb.data import Preprocess, load_category, read_masks
 from patchcore_nb.folders import find_entry, part_masks
+from patchcore_nb.items import as_items
 from patchcore_nb.miniatures import make_layout
 from patchcore_nb.names import MASK_THRESHOLDS
 from patchcore_nb.patchcore import PatchCore
@@ -300,7 +301,7 @@ def test_what_is_left_out(tmp_path, monkeypatch):
     put(photo(72), home/'spare/1.png')
     found, said = load(tmp_path)
     assert (len(found.train), len(found.test)) == (6, 5)
-    only(said, '4 in train', 'no images are looked for there', 'and others', 'x.heic', 'pip install pillow-heif')
+    only(said, '4 in train', 'no images are looked for there', 'and others', 'x.heic', 'pip install patchcore_nb[heic]')
     for p in (home/'train/good/more', home/'test/1.png', home/'test/scratch/x.heic'): shutil.rmtree(p) if p.is_dir() else p.unlink()
     only(load(tmp_path)[1], 'y.npy (.npy is no image format', 'z.dng', '(hidden)', 'in spare')
 
@@ -327,6 +328,26 @@ def test_heic_without_pillow_heif_and_with(tmp_path, monkeypatch):
     (home/'test/scratch/x.HEIC').write_bytes(b'\0')
     load(tmp_path)
     assert registered
+
+def test_a_heic_that_is_named(tmp_path, monkeypatch):
+    "By its path, or by a table: an error that says what is missing."
+    monkeypatch.setattr(categories.importlib.util, 'find_spec', lambda name: None)
+    path = tmp_path/'x.HEIC'
+    path.write_bytes(b'\0'*64)
+    (tmp_path/'t.csv').write_text('path,label\nx.HEIC,good\n', encoding='utf-8')
+    for read in (lambda: as_items(path), lambda: as_items([str(path)]), lambda: load_category('csv', tmp_path/'t.csv', 'x')):
+        with pytest.raises(DataError) as e: read()
+        holds(str(e.value), 'x.HEIC is HEIC', 'pip install patchcore_nb[heic]')
+
+def test_a_plain_folder(tmp_path):
+    "What is in it and not read is said; an own format, a folder below, a mask."
+    for name in ('0.png', '1.png', 'more/2.png'): put(photo(1), tmp_path/name)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        as_items(tmp_path/'more')
+    (tmp_path/'x.npy').write_bytes(b'')
+    with pytest.warns(UserWarning, match=r'x.npy \(.npy is no image format.*2.png \(no images are looked for there\)'): items = as_items(tmp_path)
+    assert [p.name for p in items] == ['0.png', '1.png']
 
 @pytest.mark.skipif(not categories.importlib.util.find_spec('pillow_heif'), reason='pillow-heif is not installed')
 def test_heic_is_read(tmp_path):
