@@ -398,6 +398,13 @@ def call(capsys, *args):
     with pytest.raises(SystemExit) as e: main([str(o) for o in args])
     return e.value.code, capsys.readouterr().err
 
+def test_several_seeds_say_it_once(tmp_path, capsys):
+    home = draw(tmp_path/'set', CLASSES)
+    np.save(home/'test/scratch/x.npy', np.zeros((4, 4)))
+    status, error = call(capsys, '--gpu', '-1', '--seed', 0, '--seed', 1, '--no_report', tmp_path/'out', 'patch_core', '-b', 'filterbank', '-le', 'layer2', '--faiss_num_workers', 1, 'sampler', '-p', .1, 'approx_greedy_coreset',
+                         'dataset', '--num_workers', 0, '--resize', 64, '--imagesize', 64, '-d', 'part', 'mvtec', tmp_path/'set')
+    assert status == 0 and error.count('x.npy') == 1 and error.count('more than two values') == 1, error
+
 def test_the_terminal_says_each_in_a_line(tmp_path, capsys):
     home = draw(tmp_path/'set', CLASSES)
     shutil.copy(home/'train/good/000.png', home/'test/good/000.png')
@@ -409,6 +416,7 @@ def test_the_terminal_says_each_in_a_line(tmp_path, capsys):
     lines = [o for o in error.splitlines() if o.startswith('warning: ')]
     assert status == 0 and len(lines) == 4, error
     for words in ('9_gt.png fits no image', 'x.npy', 'training images too', '--mask_threshold max'): assert sum(words in o for o in lines) == 1, (words, lines)
+    assert run()[1].count('9_gt.png') == 1 # which is another run
     status, error = run('--mask_threshold', 'any')
     assert status == 0 and 'more than two values' not in error
     assert run('--mask_threshold', 'hlaf')[0] == 2
