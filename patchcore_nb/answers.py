@@ -197,8 +197,11 @@ def speak(
     sleep_early()
     show = warnings.showwarning
     typed = sys.argv[1:] if args is None else args
+    told = set() # a line comes once, also where several seeds look at the same files
     def print_in_flags(message, category, *args, **kw):
-        print_warning(as_flags(str(message), flags_of(command, typed)), category)
+        text = as_flags(str(message), flags_of(command, typed))
+        if text not in told: print_warning(text, category)
+        told.add(text)
     warnings.showwarning = print_in_flags
     try: status = status_of(command, name, typed, interrupted)
     finally: warnings.showwarning = show

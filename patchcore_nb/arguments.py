@@ -230,7 +230,8 @@ def find_categories(
 )->list: # of `Category`
     "Find the categories that the flags name."
     from patchcore_nb.categories import load_category
-    options = dataset_arguments(data) | dict(seed=seed, need_train=need_train)
+    offered = dict(seed=seed, need_train=need_train, mask_threshold=data['mask_threshold'])
+    options = dataset_arguments(data) | offered
     find = partial(load_category, data['name'], data['data_path'], **options)
     try: return list(map(find, data['subdatasets']))
     except OSError as e: raise DataError(f"{data['data_path']} cannot be read ({e.strerror}): check the path and its permissions") from None

@@ -14,7 +14,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from .base import *
-from .names import DATASETS, DISTANCES, PATCH_SCORES, SAMPLERS, SEARCHES
+from .names import DATASETS, DISTANCES, MASK_THRESHOLDS, PATCH_SCORES, SAMPLERS, SEARCHES
 
 # %% ../nbs/12_choices.ipynb #5b8ea4ec
 def is_typed(
@@ -161,6 +161,7 @@ def sampler(**kw): return as_part(kw)
 @click.option('--masks', default=None, help="Likewise of their masks, with {stem} for the image's name: 'masks/{stem}*.png'.")
 @click.option('--test_normal', default=None, help='Likewise of good test images; a fifth of the good ones, drawn by --seed, if not given.')
 @click.option('--value_range', type=float, nargs=2, default=None, metavar='BLACK WHITE', help='Values that are shown as black and as white in images of more than 8 bits; found from the training images if not given.')
+@click.option('--mask_threshold', type=click.Choice(MASK_THRESHOLDS), default=None, help="What of a mask is defect: its highest value alone (full), every value above 0 (any), half of white or more (half), half of its highest or more (max). If not given, any for visa, mvtec_loco, mtd and ksdd, else full, as the reference.")
 @click.option('--no_crop', is_flag=True, help='Cut nothing: the network sees the whole scaled image.')
 @click.option('--batch_size', type=click.IntRange(1), default=2, show_default=True, help='Images at a time.')
 @click.option('--train_val_split', type=float, default=1., show_default=True, help='Part of the training images to remember, (0, 1]; the rest, drawn by --seed, sets the threshold, which keeps its promise then.')

@@ -70,7 +70,8 @@ class Exhibit:
         "Read the shape of the defect, if somebody drew it."
         o = self.samples[i] if self.samples else None
         if o is None or not o.mask: return None
-        def read(): return read_mask(o.mask, o.path, self.prediction.preprocess, o.any_value).numpy()
+        how = o.any_value, o.mask_threshold
+        def read(): return read_mask(o.mask, o.path, self.prediction.preprocess, *how).numpy()
         return self.keep('mask', i, read)
 
     def thumbnail(self, i:int, side:int=72)->Image.Image:

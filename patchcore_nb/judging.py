@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .core import *
-from .data import Sample, read_masks
+from .data import Sample, read_masks, warn_of_masks
 from .evaluation import evaluate
 from .intervals import bootstrap, by_kind_of_rows, share_interval
 from .pixels import GOOD_KIND, Tally, by_kind, pixel_rows
@@ -61,12 +61,13 @@ def count_pixels(
 )->Pixels:
     "Count the pixels of maps that memory does not hold; masks are read once, a few at a time."
     tally, labels = Tally(), np.array([o.label for o in samples])
-    seen, marks = prediction.normalised_over_set(), []
+    seen, marks, looks = prediction.normalised_over_set(), [], []
     for first in range(0, len(samples), CHUNK):
         part = slice(first, first+CHUNK)
-        masks = read_masks(samples[part], prediction.preprocess)
+        masks = read_masks(samples[part], prediction.preprocess, looks)
         tally.add(seen.anomaly_maps[part].numpy(), masks.numpy(), labels[part])
         marks.append(count_marks(prediction, masks, part))
+    warn_of_masks(looks)
     rows = list(tally.rows().values())
     return with_marks(Pixels(tally.metrics(), rows, curves=tally.curves()), np.concatenate(marks, 1))
 

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['match_images', 'match_any', 'folder_kind', 'mask_patterns', 'mask_candidates', 'mask_owners', 'match_masks',
-           'check_apart', 'folder']
+           'masks_of_any', 'said_unfit', 'said_passed_over', 'said_of_patterns', 'check_apart', 'folder']
 
 # %% ../nbs/01b4_patterns.ipynb #7c5a52a1
-import glob
+import glob, unicodedata, warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from .core import *
-from .categories import Category, Sample, list_images, mask_of, register_dataset, wrong_layout
+from .categories import Category, Sample, list_images, mask_of, mask_paths, register_dataset, wrong_layout
+from .folders import left_out, part_masks, said_beside, said_left_out, same_form
 from .mvtec import find_home
 from .splits import split_good
 
@@ -67,7 +68,8 @@ def mask_candidates(
     image:Path,  # a defective image
 )->set[Path]: # of any kind of file
     "Find the files that the pattern means for one image."
-    patterns = mask_patterns(pattern, image.stem, folder_kind(home, image))
+    stems = {image.stem, same_form(image.stem), unicodedata.normalize('NFD', image.stem)} # names that look the same
+    patterns = [o for stem in stems for o in mask_patterns(pattern, stem, folder_kind(home, image))]
     try: found = {p for o in patterns for p in home.glob(o)}
     except (ValueError, NotImplementedError) as e: raise ArgumentError(f'masks {pattern!r} cannot be used ({e}): write it relative to {home}, such as masks/{{stem}}*.png') from None
     return found-{image}
@@ -107,6 +109,54 @@ def match_masks(
     for mask in sorted(owner): kept.setdefault(owner[mask], []).append(mask)
     return {p: tuple(kept[p]) for p in images if p in kept}
 
+# %% ../nbs/01b4_patterns.ipynb #68b3c2a4
+def masks_of_any(
+    home:Path,   # where the pattern begins
+    pattern:str, # with {stem}, perhaps with {kind}
+)->set[Path]:
+    "Find all masks that the pattern can mean, for whatever image."
+    for o in ('{stem}*', '*{stem}', '{stem}', '{kind}'): pattern = pattern.replace(o, '*')
+    found = {p for o in _parted(pattern) for p in home.glob(o)}
+    return found & {p for o in {p.parent for p in found} for p in list_images(o)}
+
+def said_unfit(
+    home:Path,   # where the pattern begins
+    pattern:str|None, # of the masks
+    samples:Sequence[Sample], # all of them
+)->str: # a line; empty: every mask has its image, or there is no pattern
+    "Tell of masks that fit no defective image."
+    if not pattern: return ''
+    used = {p for o in samples for p in (o.path, *mask_paths(o.mask))}
+    good = tuple(same_form(o.path.stem) for o in samples if not o.label) # whose masks would be black
+    masks = masks_of_any(home, pattern)
+    unfit = sorted(p for p in masks-used if not same_form(p.stem).startswith(good))
+    if not unfit: return ''
+    fit = len(masks & used)
+    counted = f'{home}: of {len(unfit)+fit} masks that match {pattern!r} {fit} are used'
+    return f'{counted}; {unfit[0]} fits no defective image'
+
+def said_passed_over(
+    home:Path, # where the patterns begin
+    patterns:Sequence[str|None], # of images
+    samples:Sequence[Sample], # all of them
+)->str: # a line; empty: there is nothing
+    "Tell what the patterns match and nobody reads."
+    wanted = [o for several in patterns for o in _parted(several or '') if o]
+    places = {p for o in wanted for p in home.glob(o)}
+    used = [p for o in samples for p in (o.path, *mask_paths(o.mask))]
+    return said_left_out(home, left_out(sorted(places), used))
+
+# %% ../nbs/01b4_patterns.ipynb #7c5a2a69
+def said_of_patterns(
+    home:Path, # where the patterns begin
+    patterns:Sequence[str|None], # of images
+    masks:str|None, # pattern of masks
+    samples:Sequence[Sample], # all of them
+)->list[str]: # a line each
+    "Tell what the patterns match and is not used."
+    said = said_unfit(home, masks, samples), said_beside(samples), said_passed_over(home, patterns, samples)
+    return [o for o in said if o]
+
 # %% ../nbs/01b4_patterns.ipynb #b59c53b2
 def check_apart(
     **groups:Sequence[Path] # name of a pattern -> what it matches
@@ -134,11 +184,13 @@ def folder(
 )->Category:
     "Read images of your own, found by patterns."
     root = Path(root)
-    home = root/category
-    if not (root.is_dir() and home.is_dir()): find_home('folder', root, category, normal)
-    good, bad, other = (match_any(home, o) for o in (normal, abnormal, test_normal))
+    home = find_home('folder', root, category, normal)
+    patterns = normal, abnormal, test_normal
+    good, found_bad, other = (match_any(home, o) for o in patterns)
+    good, other = (part_masks(o)[0] for o in (good, other))
+    bad, beside = part_masks(found_bad)
     if not good: raise ArgumentError(f'normal must be a pattern of good images, got {normal!r}: pass good/*')
-    found = match_masks(home, bad, masks) if masks else {}
+    found = match_masks(home, bad, masks) if masks else beside
     drawn = [m for o in found.values() for m in o]
     check_apart(normal=good, abnormal=bad, test_normal=other, masks=drawn)
     train = [Sample(p) for p in good]
@@ -146,4 +198,6 @@ def folder(
     if test_normal is None: train, held = split_good(train, seed)
     def defective(p): return Sample(p, True, folder_kind(home, p), mask_of(found.get(p, ())))
     name = home.resolve().name if category == '.' else category
-    return Category('folder', name, train, held+[defective(p) for p in bad])
+    test = held+[defective(p) for p in bad]
+    for said in said_of_patterns(home, patterns, masks, train+test): warnings.warn(said, stacklevel=2)
+    return Category('folder', name, train, test)

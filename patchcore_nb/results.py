@@ -136,6 +136,7 @@ def digest_category(
     "Digest which images a category is made of, and what is said of them."
     parts = (category.train, category.test, category.calibration, category.unlabelled)
     lines = [str(o) for part in parts for o in [len(part), *part]]
+    lines += sorted({f'mask_threshold {o.mask_threshold}' for o in category.test if o.mask_threshold})
     return hashlib.sha256('\n'.join(lines).encode()).hexdigest()
 
 def plain_params(
@@ -237,7 +238,7 @@ def save_pictures(
     low, top = colour_range(prediction.anomaly_maps, [o.label for o in samples])
     def draw(job):
         i, o = job
-        mask = None if o.label and o.mask is None else read_masks([o], preprocess)[0].numpy()
+        mask = None if o.label and o.mask is None else read_masks([o], preprocess, [])[0].numpy()
         image, score = preprocess.view(o.path), float(prediction.image_scores[i])
         found = prediction.anomaly_maps[i]
         panel = draw_panel(image, mask, found, score, top, o.kind, prediction.threshold, low)

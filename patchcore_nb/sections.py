@@ -106,7 +106,7 @@ def mask_of(
     "Find the mask of a test image."
     if mask is not None: return mask
     if sample.label and sample.mask is None: return None
-    return read_masks([sample], preprocess)[0]
+    return read_masks([sample], preprocess, [])[0]
 
 def about_image(
     sample:Sample,

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .core import *
-from .categories import Category, Sample, mask_of, register_dataset, wrong_layout
+from .categories import Category, Sample, mask_of, need_heic, register_dataset, wrong_layout
+from .folders import find_entry, same_form
 from .mvtec import find_home, read_layout
 from .splits import split_good
 
@@ -72,9 +73,10 @@ def cell_files(
     folder:Path, # where relative paths begin
 )->tuple[Path,...]:
     "Find the files that a cell names."
-    files = tuple(folder/o for o in _stripped(text.split(';')) if o)
+    files = tuple(find_entry(folder/o) for o in _stripped(text.split(';')) if o)
     for p in files:
         if not p.is_file(): raise DataError(f'{where} names {text!r}, but {p} is not there: check the name; paths are relative to {folder}, or absolute')
+    need_heic(files)
     return files
 
 def row_sample(
@@ -102,7 +104,8 @@ def pick_rows(
     category:str, # one of them
 )->list[tuple[int,dict]]: # at least one
     "Pick the rows of one category."
-    picked = [(n, row) for n, row in rows if row[column] == category]
+    wanted = same_form(category)
+    picked = [(n, row) for n, row in rows if same_form(row[column]) == wanted]
     if picked: return picked
     there = sorted({row[column] for _, row in rows})
     near = nearest_names(category, there)
