@@ -253,8 +253,9 @@ def check_folders(
     loader:dict, # flags of patch_core_loader
 ):
     "Refuse models that are not there, before anything is read."
+    from patchcore_nb.complete import put_aside
     for o in loader['patch_core_paths']:
-        if not Path(o).is_dir(): raise DataError(f'model folder {o} is not there: check -p')
+        if not Path(o).is_dir() and not put_aside(o): raise DataError(f'model folder {o} is not there: check -p')
 
 def saved_models(
     group:dict,  # flags of the command itself

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'ENSEMBLE', 'Formats', 'formats_for', 'member_prefixes', 'match_file', 'of_a_model', 'check_place',
            'as_fitted', 'write_ensemble', 'save', 'find_members', 'load_one', 'check_members', 'read_ensemble',
-           'keeps_threshold', 'load_ensemble', 'other_sizes', 'load']
+           'keeps_threshold', 'load_ensemble', 'find_folder', 'other_sizes', 'load']
 
 # %% ../nbs/08_store.ipynb #61e6bb47
 import re, warnings
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .base import renamed
+from .complete import put_aside
 from .core import *
 from .data import parse_pixels
 from .ensemble import Ensemble, Joined
@@ -198,6 +199,17 @@ def load_ensemble(
     except ArgumentError as e: raise does_not_fit(folder, e) from None # members that cannot be asked together
 
 # %% ../nbs/08_store.ipynb #10c17a84
+def find_folder(
+    folder:str|Path, # of a model
+)->Path: # the same; or the one aside
+    "Find the folder of a model, or the older one that a save put aside before it was killed."
+    folder = Path(folder)
+    if folder.is_dir(): return folder
+    aside = put_aside(folder)
+    if aside is None: raise DataError(f'model folder {folder} is not there: check the path')
+    warnings.warn(f'model folder {folder} is not there, because a save was cut short: the older model that it put aside is used, {aside}; save again, or rename that to {folder.name}')
+    return aside
+
 def other_sizes(
     resize:int|tuple[int,int]|str|None,    # None: as in the files
     imagesize:int|tuple[int,int]|str|None, # likewise; "whole": nothing is cut
@@ -219,8 +231,7 @@ def load(
     **runtime             # fields of `Compute`, which change nothing but the time: device, batch_size, ...
 )->PatchCore|Ensemble: # ready to predict
     "Load a model; its files may come from anywhere."
-    folder = Path(folder)
-    if not folder.is_dir(): raise DataError(f'model folder {folder} is not there: check the path')
+    folder = find_folder(folder)
     check_runtime(runtime)
     wanted = Wanted(other_sizes(resize, imagesize), shape, runtime)
     single = prefix or any((folder/o).is_file() for o in (VALUES, REFERENCE_PARAMS))
