@@ -101,6 +101,7 @@ def check_learned(
         v = learned.get(k)
         numbers = v if isinstance(v, list) else [v]
         if not fits(v, kind): raise DataError(f'{k} of the model has an odd value, {in_short(v)}: it must be {say_kind(kind)}')
+        if any(is_whole(o) and o >= 2**63 for o in numbers): raise DataError(f'{k} of the model has an odd value, {in_short(v)}: whole numbers of 64 bits are expected')
         if any(is_number(o) and o < (k != 'radii') for o in numbers): raise DataError(f'{k} of the model has an odd value, {in_short(v)}: {"0 or more is expected" if k == "radii" else "numbers from 1 are expected"}')
     sizes, radii, digests = ([*(learned.get(k) or ())] for k in ('sizes', 'radii', 'digests'))
     if sizes != sorted(set(sizes)) or len(radii) != len(sizes): raise DataError(f'sizes and radii of the model must be as many, and sizes ascending, got {in_short(sizes)} and {in_short(radii)}')
@@ -123,6 +124,8 @@ def check_tensors(
         if found is not None and (found.dtype != dtype or found.shape != shape): raise DataError(f'{name} must be {dtype} of shape {shape}, got {found.dtype} of {tuple(found.shape)}')
     origin, idxs = tensors.get('origin'), tensors.get('idxs')
     if idxs is not None and (len(idxs.unique()) < m or (idxs < 0).any()): raise DataError('idxs must be different rows, from 0')
+    dists = tensors.get('anchor_dists')
+    if dists is not None and (dists < 0).any(): raise DataError('anchor_dists must be distances, from 0, or not numbers where nothing was picked by them')
     remembered = torch.tensor([i for i, o in enumerate(digests) if o is not None])
     inside = origin is None or ((origin >= 0).all() and torch.isin(origin[:, 0], remembered).all())
     if not inside: raise DataError('origin must hold numbers of images that are remembered, rows and columns, from 0')

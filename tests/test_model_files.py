@@ -1,20 +1,33 @@
 "Model folders after a kill, damaged and hostile files: the whole model, or one error that names the file."
 import os
+import random
+import re
 import shutil
+import socket
+import struct
 import sys
+import time
+import tracemalloc
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from patchcore_nb import bounded
+from patchcore_nb.bounded import OWN, digest, read_json, write_json
 from patchcore_nb.complete import LEFT, own_host, put_aside, replacing, replacing_folder, sweep_once
 from patchcore_nb.core import DataError
 from patchcore_nb.demo import make_demo
+from patchcore_nb.ensemble import Ensemble
+from patchcore_nb.extractor import create_backbone
+from patchcore_nb.model_files import TENSORS, VALUES
 from patchcore_nb.patchcore import PatchCore
+from patchcore_nb.reference_files import REFERENCE_INDEX, REFERENCE_PARAMS
 from patchcore_nb.saved import evaluate_main
-from patchcore_nb.store import load, save
+from patchcore_nb.store import ENSEMBLE, load, save
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
 SMALL = dict(resize=64, imagesize=64, pretrain_dim=64, target_dim=64, ratio=.1, num_workers=0)
@@ -212,3 +225,207 @@ def test_an_aside_stays_while_its_place_is_empty(tmp_path, older):
     assert path.exists()
     save(older, tmp_path/'m', 'ours')
     assert not path.exists() and not left(tmp_path)
+
+
+# Values with a digest of their own
+
+@pytest.fixture(scope='module')
+def calibrated():
+    "With all that a file may say: a threshold, peaks, radii."
+    kw = SMALL | dict(train_val_split=.5, false_alarms=.4, confidence=None, patch_score='reweighted')
+    return PatchCore('filterbank', **kw).fit(np.concatenate([IMAGES, IMAGES[::-1]]))
+
+@pytest.fixture(scope='module')
+def pair(calibrated):
+    kw = SMALL | dict(train_val_split=.5, false_alarms=.4, confidence=None)
+    return Ensemble([PatchCore('filterbank', [o], **kw) for o in ('layer2', 'layer3')]).fit(np.concatenate([IMAGES, IMAGES[::-1]]))
+
+def edits(text):
+    "Alterations of a file of values: figures, letters, bytes, lines."
+    rng, raw = random.Random(0), text.encode()
+    for m in list(re.finditer(r'\d', text)):
+        if rng.random() < .2: yield text[:m.start()]+str((int(m[0])+1) % 10)+text[m.end():]
+    for i in rng.sample(range(len(raw)), 150): yield (raw[:i]+bytes([raw[i]^1 << rng.randrange(8)])+raw[i+1:])
+    for i in rng.sample(range(len(raw)), 60): yield raw[:i]+raw[i+1:]
+    lines = text.splitlines(keepends=True)
+    for i in range(len(lines)): yield from (''.join(lines[:i]+lines[i+1:]), ''.join(lines[:i]+[lines[i]]*2+lines[i+1:]))
+    for was, now in (('"threshold": ', '"threshold": 1'), ('"smoothing": 4', '"smoothing": 5'), ('"promise": "average"', '"promise": "confidence"'), (f'"{OWN}"', '"own"'), ('model 3', 'model 1'), ('model 3', 'model 2')): yield text.replace(was, now)
+
+@pytest.mark.parametrize('kind', ['single', 'ensemble', 'member'])
+def test_no_edit_goes_unseen(calibrated, pair, tmp_path, kind):
+    "One error that names the file; nothing is computed before."
+    folder = save(calibrated if kind == 'single' else pair, tmp_path/'m', 'ours')
+    path = folder/dict(single=VALUES, ensemble=ENSEMBLE, member=f'Ensemble-2-2_{VALUES}')[kind]
+    text, n = path.read_text(encoding='utf-8'), 0
+    for edited in edits(text):
+        edited = edited.encode() if isinstance(edited, str) else edited
+        if edited == text.encode(): continue
+        path.write_bytes(edited)
+        refused(load, folder, says=path.name)
+        n += 1
+    assert n > 250
+    path.write_text(text, encoding='utf-8', newline='\r\n')
+    if kind == 'single': load(folder) # line ends may change on the way
+    path.write_text(text, encoding='utf-8')
+    load(folder)
+
+@pytest.mark.parametrize('name', ['single', 'ensemble'])
+def test_models_without_a_digest_of_their_own_load(name):
+    folder = Path(__file__).parent/'data'/'model_1'/name
+    assert not any(OWN in o.read_text() for o in folder.glob('*.json')) and load(folder).is_fitted
+
+def test_a_key_that_stands_there_twice_is_named_in_old_files_too(tmp_path):
+    shutil.copytree(Path(__file__).parent/'data'/'model_1'/'single', tmp_path/'m')
+    path = tmp_path/'m'/VALUES
+    path.write_text(path.read_text().replace('"params": {', '"params": {"k": 1, ', 1))
+    refused(load, tmp_path/'m', says="'k' stands there twice")
+
+CALIBRATIONS = [('threshold', True), ('threshold', '3'), ('threshold', float('nan')), ('threshold', 10**400), ('scores', [True, 2.]), ('scores', ['1', '2']), ('scores', [2., 1.]), ('scores', [float('nan')]),
+                ('scores', {}), ('scores', [[1.]]), ('peaks', [True]), ('promise', True), ('promise', ['average']), ('promise', 'x'*100_000), ('map_threshold', False)]
+
+@pytest.mark.parametrize('entry, value', CALIBRATIONS, ids=lambda o: str(o)[:12])
+@pytest.mark.parametrize('kind', ['single', 'ensemble'])
+def test_a_calibration_that_cannot_be_is_refused(calibrated, pair, tmp_path, kind, entry, value):
+    "With a digest that fits: true is not 1, and what is no number is none."
+    folder = save(calibrated if kind == 'single' else pair, tmp_path/'m', 'ours')
+    path = folder/(VALUES if kind == 'single' else ENSEMBLE)
+    values = read_json(path)
+    (values['learned'] if kind == 'single' else values)['calibration'][entry] = value
+    write_json(path, values)
+    refused(load, folder, says=entry)
+
+@pytest.mark.parametrize('change', [dict(n_patches=10**24), dict(n_images=10**24), dict(sizes=[10**24]), dict(size=[10**24, 64]), dict(grid=[8, 10**24]), dict(n_patches=True), dict(radii=[float('nan')]), dict(radii=[10**400])], ids=str)
+def test_numbers_that_no_model_has(calibrated, tmp_path, change):
+    path = save(calibrated, tmp_path/'m', 'ours')/VALUES
+    values = read_json(path)
+    values['learned'] |= change
+    write_json(path, values)
+    refused(load, tmp_path/'m', says=[*change][0])
+
+@pytest.mark.parametrize('param, value', [('seed', 10**24), ('smoothing', 10**24), ('smoothing', True), ('ratio', float('nan')), ('k', 10**24), ('patchsize', 10**24), ('imagesize', [64, 10**24])], ids=str)
+def test_parameters_that_no_model_has(calibrated, tmp_path, param, value):
+    path = save(calibrated, tmp_path/'m', 'ours')/VALUES
+    values = read_json(path)
+    values['params'][param] = value
+    write_json(path, values)
+    refused(load, tmp_path/'m', says=param)
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory)->Path: # a folder with resnet18.pth
+    "Weights that pass for pretrained ones."
+    folder = tmp_path_factory.mktemp('weights')
+    torch.save(create_backbone('resnet18', 'random', seed=7).state_dict(), folder/'resnet18.pth')
+    return folder
+
+@pytest.fixture(scope='module')
+def both(weights): return PatchCore('resnet18', weights_dir=weights, **SMALL | dict(resize=64, imagesize=56)).fit(IMAGES)
+
+@pytest.mark.parametrize('model_format', ['both', 'ours'])
+def test_a_model_that_has_lost_its_values(both, weights, tmp_path, model_format):
+    "The reference's two files beside what is left of ours are no way out, unless somebody says so."
+    folder = save(both, tmp_path/'m', model_format)
+    (folder/VALUES).unlink()
+    refused(load, folder, weights_dir=weights, says=f'{folder/VALUES} is not there, but {TENSORS} is')
+    if model_format == 'ours': return
+    (folder/TENSORS).unlink()
+    assert load(folder, weights_dir=weights, resize=64).is_fitted
+
+@pytest.mark.parametrize('gone', [[ENSEMBLE], [f'Ensemble-1-2_{VALUES}'], [f'Ensemble-{i}-2_{VALUES}' for i in (1, 2)], [f'Ensemble-2-2_{o}' for o in (VALUES, TENSORS)]], ids=str)
+def test_an_ensemble_that_has_lost_a_part(both, weights, tmp_path, gone):
+    folder = save(Ensemble([both, both]), tmp_path/'m', 'both')
+    for o in gone: (folder/o).unlink()
+    said = refused(load, folder, weights_dir=weights)
+    assert str(folder) in said and any(o in said for o in gone)
+
+
+# What is no file, and what is too large
+
+NAMES = {'ours': [VALUES, TENSORS], 'reference': [REFERENCE_PARAMS, REFERENCE_INDEX], 'both': [REFERENCE_PARAMS, REFERENCE_INDEX], 'ensemble': [ENSEMBLE, f'Ensemble-1-2_{VALUES}', f'Ensemble-2-2_{TENSORS}']}
+
+@pytest.fixture
+def stored(both, pair, weights, tmp_path):
+    "Save a model in a format."
+    def go(kind): return save(pair, tmp_path/'m', 'ours') if kind == 'ensemble' else save(both, tmp_path/'m', kind)
+    return go
+
+def make_pipe(path): os.mkfifo(path)
+def make_folder_of(path): path.mkdir()
+def make_endless(path): path.symlink_to('/dev/zero')
+def make_outside(path): path.symlink_to(Path(__file__))
+def make_circle(path): path.symlink_to(path.name)
+def make_dangling(path): path.symlink_to('nowhere')
+def make_socket(path):
+    here = os.getcwd()
+    os.chdir(path.parent) # whose name may be too long for a socket
+    try: socket.socket(socket.AF_UNIX).bind(path.name)
+    finally: os.chdir(here)
+
+ODD = [make_pipe, make_folder_of, make_endless, make_outside, make_circle, make_dangling, make_socket]
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='Windows has neither pipes nor devices in a folder')
+@pytest.mark.parametrize('make', ODD, ids=lambda f: f.__name__)
+@pytest.mark.parametrize('kind, name', [(k, o) for k, v in NAMES.items() for o in v])
+def test_what_is_no_file_of_the_folder_is_named(stored, weights, kind, name, make):
+    "Before it is opened: a pipe would never end."
+    folder = stored(kind)
+    (folder/name).unlink()
+    make(folder/name)
+    gone = kind == 'both' and make in (make_dangling, make_circle) # the reference's files beside ours may be missing
+    if not gone: assert name in refused(load, folder, weights_dir=weights)
+
+def test_a_link_within_the_folder_is_followed(stored):
+    folder = stored('ensemble')
+    (folder/TENSORS.replace('.', '2.')).write_bytes((folder/f'Ensemble-1-2_{TENSORS}').read_bytes())
+    (folder/f'Ensemble-1-2_{TENSORS}').unlink()
+    (folder/f'Ensemble-1-2_{TENSORS}').symlink_to(TENSORS.replace('.', '2.'))
+    assert load(folder).is_fitted
+
+@pytest.mark.parametrize('gigabytes', [4, 8])
+@pytest.mark.parametrize('grown', [True, False], ids=['grown', 'empty'])
+@pytest.mark.parametrize('kind, name', [(k, o) for k, v in NAMES.items() for o in v])
+def test_sparse_files_are_not_read(stored, weights, kind, name, grown, gigabytes):
+    "One error, at once, and no memory taken: by their size, or by what their header says of it."
+    folder = stored(kind)
+    with open(folder/name, 'rb+' if grown else 'wb') as f: f.truncate(gigabytes << 30)
+    tracemalloc.start()
+    start = time.monotonic()
+    try:
+        said = refused(load, folder, weights_dir=weights)
+        assert name in said and time.monotonic()-start < 5 and tracemalloc.get_traced_memory()[1] < 4e7
+    finally: tracemalloc.stop()
+
+@pytest.mark.parametrize('kind, name', [('ours', TENSORS), ('reference', REFERENCE_INDEX)])
+def test_what_memory_does_not_hold_is_named(stored, weights, monkeypatch, kind, name):
+    monkeypatch.setattr(bounded, 'free_memory', lambda: 1000)
+    refused(load, stored(kind), weights_dir=weights, says='of memory are free')
+
+@pytest.mark.parametrize('value', [1e16, -1e30, 3e38, np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('kind', ['ours', 'reference'])
+def test_numbers_whose_distances_are_infinite(stored, weights, kind, value):
+    "In the memory bank of either format, with a digest that fits."
+    folder = stored(kind)
+    if kind == 'reference':
+        raw = (folder/REFERENCE_INDEX).read_bytes()
+        (folder/REFERENCE_INDEX).write_bytes(raw[:-4]+struct.pack('<f', value))
+    else:
+        tensors = load_file(folder/TENSORS)
+        tensors['memory_bank'][-1, -1] = value
+        save_file(tensors, folder/TENSORS)
+        values = read_json(folder/VALUES)
+        values['sha256'][TENSORS] = digest(folder/TENSORS)
+        write_json(folder/VALUES, values)
+    refused(load, folder, weights_dir=weights, says='finite')
+
+def test_digests_of_many_files_are_not_worked_out(calibrated, tmp_path):
+    folder = save(calibrated, tmp_path/'m', 'ours')
+    values = read_json(folder/VALUES)
+    values['sha256'] = {f'{i}/{TENSORS}': '0'*64 for i in range(1000)} | values['sha256']
+    write_json(folder/VALUES, values)
+    refused(load, folder, says='has digests of 1001 files')
+
+@pytest.mark.parametrize('name', ['Ensemble-1-99999999999_', 'Ensemble-1-'+'9'*100+'_', 'Ensemble-2000-2000_'])
+def test_ensembles_of_claimed_sizes(tmp_path, name):
+    (tmp_path/f'{name}{VALUES}').touch()
+    refused(load, tmp_path, says='incomplete ensemble')
+
+def test_values_larger_than_is_ever_read_are_not_written(tmp_path): refused(write_json, tmp_path/'x.json', dict(a='x'*(1 << 25)), says='more than is ever read')
