@@ -268,6 +268,7 @@ def saved_models(
     paths = loader['patch_core_paths']
     if len(paths) == 1 and data['no_crop']: paths = paths*len(categories)
     sizes = [sizes_for(data, o) if o.train or o.test else {} for o in categories]
-    ready = partial(load, **compute_arguments(group, loader, data))
+    how = compute_arguments(group, loader, data) | dict(search=loader.get('search'))
+    ready = partial(load, **how)
     pairs = zip(paths, sizes*len(paths))
     return [partial(ready, path, **size) for path, size in pairs]

@@ -10,7 +10,7 @@ __all__ = ['FIRST', 'FORMAT', 'READABLE', 'TENSORS', 'VALUES', 'MADE_WITH', 'PAR
            'same_size', 'say_no_threshold', 'at_size', 'by_search', 'wake', 'check_own_size', 'read_model']
 
 # %% ../nbs/08_model_files.ipynb #9f760b2e
-import contextlib, platform, warnings
+import contextlib, math, platform, warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +21,8 @@ from safetensors.torch import load as load_tensors, save as save_tensors
 from torch import Tensor
 
 from .bounded import (
-    MOST_VALUE, check_layout, check_room, digest, is_usable, read_bytes, read_json, size_of, write_json)
+    MOST_PIXELS, MOST_VALUE, check_layout, check_room, digest, is_usable,
+    read_bytes, read_json, size_of, write_json)
 from .core import *
 from .data import Preprocess, parse_pixels
 from .estimator import RENAMED
@@ -177,9 +178,10 @@ def check_digests(
     if len(digests) > MOST_BESIDE: raise DataError(f'{values} has digests of {len(digests)} files, {MOST_BESIDE} at most are expected: the model is damaged, fit it again')
     if not (folder/own).exists(): raise DataError(f'{folder/own} is not there: the model is not complete, copy the whole folder')
     most = max(size_of(folder/own), SMALL_FILE)
+    there = {o.name for o in folder.iterdir()}
     for name, wanted in digests.items():
         path = folder/Path(name).name # whatever the file says, nowhere else
-        why = is_different(path, wanted, most) if path.exists() else ''
+        why = is_different(path, wanted, most) if path.name in there else ''
         if why: raise DataError(f'{path} is not the file that was saved ({why}): copy it again or fit again')
 
 # %% ../nbs/08_model_files.ipynb #687c182b
@@ -311,8 +313,12 @@ def check_own_size(
     path:Path, # for errors
     values:dict, # from that file
 ):
-    "Refuse values that tell no size of images."
-    try: seen_size(values['params'], own_shape(values))
+    "Refuse values that tell no size of images, or one that is too large to be tried."
+    try:
+        resize, size, _ = seen_size(values['params'], own_shape(values))
+        whole = resize if isinstance(resize, tuple) else (resize, resize)
+        pixels = math.prod(size or whole)
+        if pixels > MOST_PIXELS: raise ValueError(f'{pixels:,} pixels, {MOST_PIXELS:,} at most are expected')
     except Exception as e: raise DataError(f'{path} tells no size of images ({first_line(e)}): the model is damaged, fit it again') from None
 
 def read_model(

@@ -21,7 +21,7 @@ from torch import Tensor
 from .bounded import MOST_VALUE, check_room, is_usable, opened, read_bytes, size_of
 from .core import *
 from .embedding import split_seed
-from .model_files import MOST, Wanted, at_size, by_search, wake
+from .model_files import MOST, Wanted, at_size, by_search, check_own_size, wake
 from .backbones import reference_name
 from .patchcore import PatchCore
 
@@ -241,6 +241,7 @@ def read_reference(
     index = folder/f'{prefix}{REFERENCE_INDEX}'
     shape, dim = values['input_shape'], values['target_embed_dimension']
     if len(shape) != 3 or shape[0] != 3: raise DataError(f'{path} is for images of {in_short(shape)}: a shape of three numbers, 3 x height x width, is expected')
+    check_own_size(path, dict(params=our_params(values), learned={}))
     m, d = index_shape(index)
     if d != dim: raise DataError(f'{folder} holds patches of {d} values, but its parameters say {dim}: the two files do not belong together')
     k = values['anomaly_scorer_num_nn']

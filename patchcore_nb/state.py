@@ -86,7 +86,7 @@ def check_registered(
     except ArgumentError as e:
         if not str(e).startswith('unknown backbone '): raise
         missing.append(('backbone', params['backbone']))
-    for k, name in missing: raise DataError(f'the model uses {k} {name!r}, which nothing here registers: import or install what registers it')
+    for k, name in missing: raise DataError(f'the model uses {k} {name!r:.60}, which nothing here registers: import or install what registers it')
 
 # %% ../nbs/07h_state.ipynb #f63a6b55
 LEARNED = dict(n_images=int|None, n_patches=int|None, sizes=Sequence[int]|None, radii=Sequence[float]|None,

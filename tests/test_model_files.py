@@ -1,5 +1,6 @@
 "Model folders after a kill, damaged and hostile files: the whole model, or one error that names the file."
 import os
+import pickle
 import random
 import re
 import shutil
@@ -14,19 +15,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from patchcore_nb import bounded
+from patchcore_nb import bounded, model_files, reference_files
 from patchcore_nb.bounded import OWN, digest, read_json, write_json
 from patchcore_nb.complete import LEFT, own_host, put_aside, replacing, replacing_folder, sweep_once
-from patchcore_nb.core import DataError
+from patchcore_nb.core import ArgumentError, DataError
 from patchcore_nb.demo import make_demo
 from patchcore_nb.ensemble import Ensemble
 from patchcore_nb.extractor import create_backbone
 from patchcore_nb.model_files import TENSORS, VALUES
 from patchcore_nb.patchcore import PatchCore
 from patchcore_nb.reference_files import REFERENCE_INDEX, REFERENCE_PARAMS
-from patchcore_nb.saved import evaluate_main
+from patchcore_nb.saved import evaluate_main, predict_main
 from patchcore_nb.store import ENSEMBLE, load, save
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
@@ -429,3 +431,78 @@ def test_ensembles_of_claimed_sizes(tmp_path, name):
     refused(load, tmp_path, says='incomplete ensemble')
 
 def test_values_larger_than_is_ever_read_are_not_written(tmp_path): refused(write_json, tmp_path/'x.json', dict(a='x'*(1 << 25)), says='more than is ever read')
+
+@pytest.mark.parametrize('shape', [(3, 65536, 65536), (3, 4000, 4000), (3, 224, 60000), (1, 56, 56), (3, 56), (3, 56, 56, 56)], ids=str)
+def test_a_shape_in_a_pickle_is_checked_before_anything_of_that_size_is_computed(stored, weights, monkeypatch, shape):
+    folder = stored('reference')
+    values = pickle.loads((folder/REFERENCE_PARAMS).read_bytes())
+    (folder/REFERENCE_PARAMS).write_bytes(pickle.dumps(values | dict(input_shape=shape)))
+    monkeypatch.setattr(reference_files, 'wake', None)
+    assert REFERENCE_PARAMS in refused(load, folder, weights_dir=weights)
+
+@pytest.mark.parametrize('params', [dict(imagesize=[4000, 4000], resize=[4000, 4000]), dict(imagesize=None, resize=60000), dict(imagesize=None, resize=[60000, 300])], ids=str)
+def test_a_size_in_our_values_likewise(calibrated, tmp_path, monkeypatch, params):
+    path = save(calibrated, tmp_path/'m', 'ours')/VALUES
+    values = read_json(path)
+    values['params'] |= params
+    values['learned']['size'] = None
+    write_json(path, values)
+    monkeypatch.setattr(model_files, 'wake', None)
+    refused(load, tmp_path/'m', says='tells no size of images')
+
+
+# Searches that are not there, and strings without end
+
+@pytest.fixture
+def by_faiss(tmp_path, monkeypatch):
+    "A model that was saved with ivfpq, where faiss is not installed any more."
+    kw = SMALL | dict(ratio=1., sampler='identity', train_val_split=.5, false_alarms=.4, confidence=None)
+    m = PatchCore('filterbank', **kw).fit(np.concatenate([IMAGES, IMAGES[::-1]]*2))
+    path = save(m, tmp_path/'m', 'ours')/VALUES
+    values = read_json(path)
+    values['params']['search'] = 'ivfpq'
+    write_json(path, values)
+    monkeypatch.setitem(sys.modules, 'faiss', None)
+    return m, tmp_path/'m'
+
+def test_a_search_that_cannot_be_used_here_offers_the_exact_one(by_faiss):
+    m, folder = by_faiss
+    said = refused(load, folder, says="which cannot be used here: pip install faiss-cpu, or pass search='exact'")
+    assert str(folder) in said and 'fit it again' not in said
+    with pytest.warns(UserWarning, match='with exact scores are a little different'): again = load(folder, search='exact')
+    assert again.search == 'exact' and again.threshold_ == m.threshold_ and torch.equal(scores(again), scores(m))
+    refused(load, folder, search='exakt', says="unknown search 'exakt'", kind=ArgumentError)
+
+def test_the_command_line_offers_it_too(by_faiss, tmp_path, capsys):
+    folder = by_faiss[1]
+    Image.fromarray(IMAGES[0]).save(tmp_path/'a.png')
+    for more, status, words in (('', 1, 'pip install faiss-cpu, or pass --search exact'), ('--search exact', 0, 'with exact scores are a little different')):
+        with pytest.raises(SystemExit) as e: predict_main(f'{folder} {tmp_path}/a.png -o {tmp_path}/out --gpu -1 {more}'.split())
+        assert e.value.code == status and words in capsys.readouterr().err
+
+LONG = 'x'*100_000
+
+@pytest.mark.parametrize('where', [('params', o) for o in ('backbone', 'layers', 'sampler', 'patch_score', 'distance', 'search', 'weights', 'preprocessing', 'aggregation', 'precision', 'k', LONG)]
+                         + [('learned', o) for o in ('backbone_sha256', 'digests', 'calibration', 'sizes')] + [('sha256', LONG), ('sha256', TENSORS), ('format', None), (LONG, None)], ids=lambda o: '.'.join(str(p)[:20] for p in o))
+def test_a_string_without_end_is_not_echoed(calibrated, tmp_path, recwarn, where):
+    "Nor does it take long to refuse; what means nothing may stay."
+    path = save(calibrated, tmp_path/'m', 'ours')/VALUES
+    values = read_json(path)
+    part, name = where
+    if name is None: values[part] = LONG
+    else: values[part][name] = [LONG] if name in ('layers', 'digests') else LONG
+    write_json(path, values)
+    start = time.monotonic()
+    if where in ((LONG, None), ('learned', 'backbone_sha256')): assert load(tmp_path/'m').is_fitted
+    else:
+        with pytest.raises(DataError) as e: load(tmp_path/'m')
+        assert len(str(e.value)) < 1300
+    assert time.monotonic()-start < 5 and all(len(str(o.message)) < 1000 for o in recwarn)
+
+@pytest.mark.parametrize('key', ['backbone.name', 'layers_to_extract_from'])
+def test_a_long_string_in_a_pickle_is_not_echoed(stored, weights, key):
+    folder = stored('reference')
+    values = pickle.loads((folder/REFERENCE_PARAMS).read_bytes())
+    long = 'x'*60_000
+    (folder/REFERENCE_PARAMS).write_bytes(pickle.dumps(values | {key: [long] if key.startswith('layers') else long}))
+    assert len(refused(load, folder, weights_dir=weights)) < 900
