@@ -254,8 +254,9 @@ def check_folders(
     loader:dict, # flags of patch_core_loader
 ):
     "Refuse models that are not there, before anything is read."
+    from patchcore_nb.complete import put_aside
     for o in loader['patch_core_paths']:
-        if not Path(o).is_dir(): raise DataError(f'model folder {o} is not there: check -p')
+        if not Path(o).is_dir() and not put_aside(o): raise DataError(f'model folder {o} is not there: check -p')
 
 def saved_models(
     group:dict,  # flags of the command itself
@@ -268,6 +269,7 @@ def saved_models(
     paths = loader['patch_core_paths']
     if len(paths) == 1 and data['no_crop']: paths = paths*len(categories)
     sizes = [sizes_for(data, o) if o.train or o.test else {} for o in categories]
-    ready = partial(load, **compute_arguments(group, loader, data))
+    how = compute_arguments(group, loader, data) | dict(search=loader.get('search'))
+    ready = partial(load, **how)
     pairs = zip(paths, sizes*len(paths))
     return [partial(ready, path, **size) for path, size in pairs]

@@ -33,7 +33,8 @@ def nearest_names(
 )->list[str]: # the closest of `names`, best first; may be empty
     "Find names that `name` may have been meant to be."
     by_lower = {o.lower(): o for o in names}
-    close = difflib.get_close_matches(str(name).lower(), by_lower, n=n, cutoff=0.5)
+    asked = str(name)[:200].lower()
+    close = difflib.get_close_matches(asked, by_lower, n=n, cutoff=0.5)
     return [by_lower[o] for o in close]
 
 # %% ../nbs/00_base.ipynb #49051bcc
@@ -48,7 +49,7 @@ def unknown(
     near = nearest_names(name, names)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ''
     more = f', and {len(names)-show} more' if len(names) > show else ''
-    return ArgumentError(f"unknown {what} {name!r}: {hint}known: {', '.join(names[:show])}{more}")
+    return ArgumentError(f"unknown {what} {name!r:.60}: {hint}known: {', '.join(names[:show])}{more}")
 
 # %% ../nbs/00_base.ipynb #c5be5bb2
 def first_line(

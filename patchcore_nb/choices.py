@@ -116,6 +116,7 @@ PRECISIONS = 'float32', 'bfloat16'
 FAISS_ON_GPU = click.option('--faiss_on_gpu', is_flag=True, help='Search neighbours on the GPU, whatever --gpu says.')
 FAISS_NUM_WORKERS = click.option('--faiss_num_workers', type=click.IntRange(1), default=None, help="Threads of a search on the CPU; torch's own number if not given.")
 WEIGHTS_DIR = click.option('--weights_dir', type=PLACE, default=None, help='Folder with NAME.safetensors, NAME.pth or NAME.pt; else PATCHCORE_NB_WEIGHTS, else the download.')
+SAVED_SEARCH = click.option('--search', cls=Listed, type=Named(SEARCHES, shown=False), default=None, help="How neighbours are searched: {names}; the model's own if not given.")
 
 @click.command('patch_core', help='the model')
 @click.option('--backbone_names', '-b', multiple=True, required=True, help='Backbone: wideresnet50 and all other names of the reference, filterbank (needs no weights), timm:NAME, torchvision:NAME; NAME.seed-N seeds it. Several make an ensemble.')
@@ -173,6 +174,7 @@ def dataset(**kw): return as_part(kw)
 @click.option('--patch_core_paths', '-p', type=PLACE, multiple=True, required=True, help='Folder of a saved model, ours or the reference\'s, single or an ensemble; one for all categories, or one for each.')
 @FAISS_ON_GPU
 @FAISS_NUM_WORKERS
+@SAVED_SEARCH
 @WEIGHTS_DIR
 def patch_core_loader(**kw): return as_part(kw)
 

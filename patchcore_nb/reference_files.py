@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HEADER', 'FILLER', 'NESTS', 'PLAIN_OPS', 'MOST_NESTS', 'REFERENCE_KEYS', 'MOST_BYTES', 'ALWAYS', 'NUMBERS',
            'REFERENCE_PARAMS', 'REFERENCE_INDEX', 'CALLED', 'write_faiss_flat', 'bad_index', 'check_header',
-           'read_faiss_flat', 'check_program', 'PlainUnpickler', 'is_plain', 'is_plain_list', 'plain_value',
-           'read_reference_params', 'usual_resize', 'odd_sizes', 'not_in_reference', 'reference_values',
+           'index_shape', 'read_faiss_flat', 'check_program', 'PlainUnpickler', 'is_plain', 'is_plain_list',
+           'plain_value', 'read_reference_params', 'usual_resize', 'odd_sizes', 'not_in_reference', 'reference_values',
            'write_reference', 'our_params', 'read_reference', 'usually_scaled']
 
 # %% ../nbs/08_reference_files.ipynb #08805e0a
@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .bounded import MOST_VALUE, check_room, is_usable, opened, read_bytes, size_of
 from .core import *
 from .embedding import split_seed
-from .model_files import MOST, Wanted, at_size, wake
+from .model_files import MOST, Wanted, at_size, by_search, check_own_size, wake
 from .backbones import reference_name
 from .patchcore import PatchCore
 
@@ -61,18 +62,28 @@ def check_header(
     if min(d, m) < 1 or not whole: raise bad_index(path, f'claims {m} rows of {d} values in {size} bytes')
     return m, d
 
+def index_shape(
+    path:str|Path, # a file that may come from anywhere
+)->tuple[int,int]: # (M, D)
+    "Tell the shape of an index from its header, which fits the size of the file."
+    path = Path(path)
+    with opened(path) as (f, size):
+        header = f.read(HEADER.size)
+        return check_header(path, header, size)
+
 def read_faiss_flat(
     path:str|Path, # a file that may come from anywhere
 )->Tensor: # (M, D) float32
     "Read faiss's IndexFlatL2; anything else is refused."
     path = Path(path)
-    try:
-        with open(path, 'rb') as f:
-            m, d = check_header(path, f.read(HEADER.size), path.stat().st_size)
-            rows = np.fromfile(f, '<f4', m*d)
-    except OSError as e: raise DataError(f'{path} cannot be read ({e.strerror}): check the path') from None
-    if not np.isfinite(rows).all(): raise bad_index(path, 'holds values that are not finite')
-    return torch.from_numpy(rows.astype(np.float32, copy=False)).view(m, d)
+    m, d = index_shape(path)
+    check_room(path, 4*m*d)
+    with opened(path) as (f, _): rows = np.fromfile(f, '<f4', m*d, offset=HEADER.size)
+    if rows.size != m*d: raise bad_index(path, 'became shorter while it was read')
+    memory_bank = torch.from_numpy(rows.astype(np.float32, copy=False)).view(m, d)
+    why = f'holds values that are not finite, or beyond {MOST_VALUE:g}'
+    if not is_usable(memory_bank): raise bad_index(path, why)
+    return memory_bank
 
 # %% ../nbs/08_reference_files.ipynb #43b62776
 NESTS = frozenset('EMPTY_DICT DICT EMPTY_LIST LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3'.split())
@@ -135,14 +146,15 @@ def read_reference_params(
 )->dict: # the reference's eight keys; layers and shape as lists
     "Read the reference's pickle without running it."
     try:
-        raw = Path(path).read_bytes()
-        if len(raw) > MOST_BYTES: raise ValueError(f'it has {len(raw)} bytes, far too many')
+        size = size_of(Path(path))
+        if size > MOST_BYTES: raise ValueError(f'it has {size} bytes, far too many')
+        raw = read_bytes(Path(path), MOST_BYTES)
         check_program(raw)
         found = PlainUnpickler(io.BytesIO(raw)).load()
         if type(found) is not dict or set(found) != set(REFERENCE_KEYS): raise ValueError('it is not a dict of the eight keys')
         return {k: plain_value(k, found[k]) for k in REFERENCE_KEYS}
-    except OSError as e: raise DataError(f'{path} cannot be read ({e.strerror}): check the path') from None
-    except Exception as e: raise DataError(f"{path} is refused ({first_line(e)}): only the reference's eight plain values are read from a pickle") from None
+    except DataError: raise
+    except Exception as e: raise DataError(f"{path} is refused ({first_line(e)[:200]}): only the reference's eight plain values are read from a pickle") from None
 
 # %% ../nbs/08_reference_files.ipynb #bfa3679a
 ALWAYS = dict(stride=1, more_patchsizes=(), preprocessing='mean', aggregation='mean',
@@ -226,12 +238,16 @@ def read_reference(
     wanted = wanted or Wanted()
     path = folder/f'{prefix}{REFERENCE_PARAMS}'
     values = read_reference_params(path)
-    rows = read_faiss_flat(folder/f'{prefix}{REFERENCE_INDEX}')
-    shape = values['input_shape']
-    dim = values['target_embed_dimension']
-    if len(shape) != 3: raise DataError(f'{path} is for images of {shape}: a shape of three numbers is expected')
-    if rows.shape[1] != dim: raise DataError(f'{folder} holds patches of {rows.shape[1]} values, but its parameters say {dim}: the two files do not belong together')
-    state = dict(params=our_params(values), learned={})
+    index = folder/f'{prefix}{REFERENCE_INDEX}'
+    shape, dim = values['input_shape'], values['target_embed_dimension']
+    if len(shape) != 3 or shape[0] != 3: raise DataError(f'{path} is for images of {in_short(shape)}: a shape of three numbers, 3 x height x width, is expected')
+    check_own_size(path, dict(params=our_params(values), learned={}))
+    m, d = index_shape(index)
+    if d != dim: raise DataError(f'{folder} holds patches of {d} values, but its parameters say {dim}: the two files do not belong together')
+    k = values['anomaly_scorer_num_nn']
+    if k > m: raise DataError(f'{folder} holds {m} patches, but its parameters ask for {k} neighbours: the two files do not belong together')
+    rows = read_faiss_flat(index)
+    state = by_search(folder, dict(params=our_params(values), learned={}), wanted)
     state = at_size(state, usually_scaled(wanted, shape))
     return wake(folder, state, dict(memory_bank=rows), wanted)
 

@@ -18,7 +18,8 @@ from .answers import speak
 from .arguments import check_folders, find_categories, saved_models
 from .base import *
 from .choices import HELP, Parts, Size, check_parts, without
-from .choices import CACHE, GPU, LANG, NO_REPORT, PICTURES, PLACE, WEIGHTS_DIR, dataset, patch_core_loader
+from .choices import (
+    CACHE, GPU, LANG, NO_REPORT, PICTURES, PLACE, SAVED_SEARCH, WEIGHTS_DIR, dataset, patch_core_loader)
 from .cli import report_arguments, show_run
 
 # %% ../nbs/12a_saved.ipynb #a323a705
@@ -284,6 +285,7 @@ def summary(
 @click.option('--num_workers', type=click.IntRange(0), default=2, show_default=True, help='Threads that read images ahead.')
 @click.option('--resize', type=Size(), default=None, help="Shorter side of the scaled image, pixels, or height x width; the model's own if not given.")
 @click.option('--imagesize', type=Size(), default=None, help="Side of the square cut from its middle, pixels, or height x width; the model's own if not given.")
+@SAVED_SEARCH
 @WEIGHTS_DIR
 def predict_cli(model, images, output, kind, maps, **how):
     "Score images by a saved MODEL: files, or folders of images."

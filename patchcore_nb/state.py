@@ -99,7 +99,7 @@ def check_registered(
     except ArgumentError as e:
         if not str(e).startswith('unknown backbone '): raise
         missing.append(('backbone', params['backbone']))
-    for k, name in missing: raise DataError(f'the model uses {k} {name!r}, which nothing here registers: import or install what registers it')
+    for k, name in missing: raise DataError(f'the model uses {k} {name!r:.60}, which nothing here registers: import or install what registers it')
 
 # %% ../nbs/07h_state.ipynb #f63a6b55
 LEARNED = dict(n_images=int|None, n_patches=int|None, sizes=Sequence[int]|None, radii=Sequence[float]|None,
@@ -114,6 +114,7 @@ def check_learned(
         v = learned.get(k)
         numbers = v if isinstance(v, list) and k != 'value_range' else [v]
         if not fits(v, kind): raise DataError(f'{k} of the model has an odd value, {in_short(v)}: it must be {say_kind(kind)}')
+        if any(is_whole(o) and o >= 2**63 for o in numbers): raise DataError(f'{k} of the model has an odd value, {in_short(v)}: whole numbers of 64 bits are expected')
         if any(is_number(o) and o < (k != 'radii') for o in numbers): raise DataError(f'{k} of the model has an odd value, {in_short(v)}: {"0 or more is expected" if k == "radii" else "numbers from 1 are expected"}')
     check_black(learned)
     sizes, radii, digests = ([*(learned.get(k) or ())] for k in ('sizes', 'radii', 'digests'))
@@ -137,6 +138,8 @@ def check_tensors(
         if found is not None and (found.dtype != dtype or found.shape != shape): raise DataError(f'{name} must be {dtype} of shape {shape}, got {found.dtype} of {tuple(found.shape)}')
     origin, idxs = tensors.get('origin'), tensors.get('idxs')
     if idxs is not None and (len(idxs.unique()) < m or (idxs < 0).any()): raise DataError('idxs must be different rows, from 0')
+    dists = tensors.get('anchor_dists')
+    if dists is not None and (dists < 0).any(): raise DataError('anchor_dists must be distances, from 0, or not numbers where nothing was picked by them')
     remembered = torch.tensor([i for i, o in enumerate(digests) if o is not None])
     inside = origin is None or ((origin >= 0).all() and torch.isin(origin[:, 0], remembered).all())
     if not inside: raise DataError('origin must hold numbers of images that are remembered, rows and columns, from 0')

@@ -9,14 +9,16 @@ __all__ = ['PROMISES', 'Calibration', 'best_promise', 'scores_and_peaks', 'calib
 
 # %% ../nbs/06c_thresholds.ipynb #913990af
 import warnings
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from .arrays import finite_scores
 from .conformal import (confidence_reached, conformal_threshold, expected_alarms, images_needed,
                                     naive_p_values, naive_rank, p_values, rate_law, threshold_rank)
-from .core import ArgumentError
+from .base import fits, say_kind
+from .core import ArgumentError, in_short
 
 # %% ../nbs/06c_thresholds.ipynb #e49b58e8
 PROMISES = dict(
@@ -107,7 +109,8 @@ def calibrate(
     return Calibration(scores[order].tolist(), peaks[order].tolist(), promise, threshold, map_threshold)
 
 # %% ../nbs/06c_thresholds.ipynb #eff0a699
-_ENTRIES = [o.name for o in fields(Calibration)]
+_KINDS = dict(scores=Sequence[float], peaks=Sequence[float]|None, promise=str|None,
+              threshold=float|None, map_threshold=float|None)
 
 def _read_threshold(value, name:str)->float|None:
     "Check a threshold of a file."
@@ -118,9 +121,12 @@ def read_calibration(
     plain, # what `vars(calibration)` gave, from a file that may hold anything
 )->Calibration:
     "Read the calibration of a saved model."
-    if not isinstance(plain, dict) or set(plain) != set(_ENTRIES): raise ArgumentError(f'a calibration must have the entries {", ".join(_ENTRIES)}, got {plain!r:.80}')
+    if not isinstance(plain, dict) or set(plain) != set(_KINDS): raise ArgumentError(f'a calibration must have the entries {", ".join(_KINDS)}, got {in_short(plain)}')
+    for k, kind in _KINDS.items():
+        if not fits(plain[k], kind): raise ArgumentError(f'{k} of a calibration must be {say_kind(kind)}, got {in_short(plain[k])}')
     promise = plain['promise']
-    if promise not in (None, *PROMISES): raise ArgumentError(f'promise must be one of {", ".join(PROMISES)} or None, got {promise!r}')
+    if promise not in (None, *PROMISES): raise ArgumentError(f'promise must be one of {", ".join(PROMISES)} or None, got {in_short(promise)}')
+    if sorted(plain['scores']) != list(plain['scores']): raise ArgumentError('scores of a calibration must be ascending')
     scores, peaks = scores_and_peaks(plain['scores'], plain['peaks'])
     threshold = _read_threshold(plain['threshold'], 'threshold')
     map_threshold = _read_threshold(plain['map_threshold'], 'map_threshold')

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from patchcore_nb import PatchCore, build, core, experiment, results, scorer, store
+from patchcore_nb import PatchCore, build, complete, core, experiment, results, scorer, store
 from patchcore_nb.cli import main
 from patchcore_nb.data import make_miniature
 
@@ -381,10 +381,10 @@ def test_results_without_permission(call, tmp_path):
 def test_a_full_disk_leaves_nothing_half_written(call, tmp_path, monkeypatch, what):
     "The disk fills up while one kind of file is synced."
     import errno
-    def full(path, real=core._sync):
+    def full(path, real=complete._sync):
         if what in path.name: raise OSError(errno.ENOSPC, 'No space left on device')
         real(path)
-    monkeypatch.setattr(core, '_sync', full)
+    monkeypatch.setattr(complete, '_sync', full)
     refused(call('--save_patchcore_model --save_segmentation_images'), 1, 'No space left', 'free some space')
     assert not only(tmp_path/'results', f'*{what}*') and not only(tmp_path/'results', '*.tmp*')
 

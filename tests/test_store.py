@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from patchcore_nb import build, model_files, reference_files
+from patchcore_nb.bounded import write_json
 from patchcore_nb.demo import demo_sample
 from patchcore_nb.embedding import RUNTIME
 from patchcore_nb.core import ArgumentError, DataError
@@ -512,13 +513,13 @@ def test_reference_files_that_do_not_fit(model, weights, tmp_path):
 
 
 def values(path, change):
-    "Rewrite the JSON with a change somewhere inside: a path of keys, and the new value (or DEL)."
+    "Rewrite the JSON with a change somewhere inside: a path of keys, and the new value (or None: away with it); its own digest fits."
     d = json.loads(path.read_text(encoding='utf-8'))
     at = d
     for key in change[:-2]: at = at[key]
     if change[-1] is None and change[-2] in at: del at[change[-2]]
     else: at[change[-2]] = change[-1]
-    path.write_text(json.dumps(d), encoding='utf-8')
+    write_json(path, d)
 
 @pytest.mark.parametrize('change', [
     ('format', 'patchcore_nb model 99'), ('format', None), ('params', None), ('params', []), ('params', 5), ('learned', None), ('learned', 'x'), ('learned', [1]), ('sha256', None), ('sha256', 5), ('sha256', []),
@@ -561,7 +562,7 @@ def test_only_what_costs_time_can_be_changed(saved, weights, runtime):
 # A model file says what the model is, and nothing else
 
 def says(path, param, value, version=2):
-    "Let a model file say another parameter; no digest protects it."
+    "Let a model file say another parameter, as somebody who works out its digest can."
     values(path, ('params', param, value))
     values(path, ('format', f'patchcore_nb model {version}'))
 
@@ -699,7 +700,7 @@ def test_a_model_of_the_version_before_is_saved_as_one_of_this(name, tmp_path):
     folder = save(m, tmp_path/'m', 'ours')
     for o in folder.glob(f'*{VALUES}'):
         found = json.loads(o.read_text(encoding='utf-8'))
-        assert found['format'] == 'patchcore_nb model 2' and 'reweight_k' in found['params'] and 'b' not in found['params']
+        assert found['format'] == 'patchcore_nb model 3' and 'reweight_k' in found['params'] and 'b' not in found['params']
     again, images = load(folder), [demo_sample('cog', 'test', i)[0] for i in (0, 12)]
     assert torch.equal(again.predict(images).anomaly_maps, m.predict(images).anomaly_maps) and again.threshold_ == m.threshold_
 
