@@ -26,7 +26,7 @@ from .core import *
 from .data import TURNS, Preprocess, batches, read_ahead
 from .embedding import Compute, Embedding, check_compute, essence, settle
 from .extractor import Extractor, create_backbone, map_shapes
-from .scorer import make_maps
+from .maps import Lattice, make_maps
 
 # %% ../nbs/07a_embedder.ipynb #7cf988ab
 def build_extractor(
@@ -96,7 +96,9 @@ class Embedder:
         found = dry_run(self.extractor_, self.preprocess_.size)
         self.largest_map_ = found.largest
         self.aggregator_ = build_aggregator(self.what, found.shapes, self.device_)
-        self.grid_ = self.aggregator_.grid(*found.shapes[0][1:])
+        cells = found.shapes[0][1:]
+        self.grid_ = self.aggregator_.grid(*cells)
+        self.lattice_ = Lattice(cells, self.what.patchsize, self.what.stride)
         self.dim_ = self.aggregator_.dim_
 
     @property
@@ -231,6 +233,7 @@ def calibrated(self:Embedder,
         show_images(backbone, self, items)
         if cache: cache.put(key, {k: v.cpu() for k, v in backbone.state_dict().items()})
     new = copy.copy(self) # maps and patches have the same shapes as before
+    vars(new).pop('_identified', None) # its weights are others
     new.extractor_ = build_extractor(self.what, self.how, backbone)
     return new
 
@@ -342,4 +345,5 @@ def maps(self:Embedder,
 )->Tensor: # (B, H, W)
     "Scale patch scores to the size of what the network sees."
     size = self.preprocess_.size
-    return make_maps(patch_scores, self.extractor_.padded_size(size), smoothing, size)
+    seen = self.extractor_.padded_size(size)
+    return make_maps(patch_scores, seen, smoothing, size, self.lattice_)
