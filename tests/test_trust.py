@@ -5,8 +5,10 @@ import torch
 
 from patchcore_nb.evidence import patch_box
 from patchcore_nb.maps import Lattice, make_maps, naive_maps
+from patchcore_nb.names import SEARCHES
 from patchcore_nb.patchcore import PatchCore
 from patchcore_nb.reasons import middle_of, patch_at
+from patchcore_nb.search import naive_neighbours
 
 
 def noise(seed, h, w, dot=None):
@@ -65,3 +67,31 @@ def test_maps_of_stride_1_and_odd_patches_are_bilinear_to_the_byte(p):
             s = torch.rand(1, n, n, generator=torch.Generator().manual_seed(n))
             u = torch.nn.functional.interpolate(torch.eye(n, dtype=torch.float64)[None], pixels, mode='linear', align_corners=False)[0].T.float()
             assert torch.equal(make_maps(s, (pixels, pixels), 0, None, Lattice((n, n), p)), u @ s @ u.T)
+
+
+# Searches that say how often they are right
+def alike(n, seed):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 12, generator=rng) @ torch.randn(12, 160, generator=torch.Generator().manual_seed(9))+.1*torch.randn(n, 160, generator=rng)
+
+@pytest.mark.parametrize('name, off', [('fast', .01), ('fp16', .01), ('int8', .02), ('ivfpq', .2)])
+@pytest.mark.parametrize('copies', [2, 9])
+def test_twins_teach_a_search_nothing(name, off, copies):
+    "A bank with duplicates, not quite to the byte, as those of another batch: what is said is what fresh queries find."
+    if name == 'ivfpq': pytest.importorskip('faiss')
+    class Found(SEARCHES[name]):
+        def _suits(self): return True # with codes, slow as they may be here
+    one, queries = alike(1200, 0), alike(300, 1)
+    bank = one.repeat(copies, 1)
+    bank += 1e-6*torch.randn(bank.shape, generator=torch.Generator().manual_seed(2))
+    search = Found().fit(bank)
+    true = naive_neighbours(queries, bank)[0][:, 0]
+    found = (queries-bank[search(queries)[1][:, 0]]).square().sum(1)
+    recall = float((found <= true*(1+1e-4)).float().mean())
+    assert abs(search.recall_-recall) <= off
+    if name == 'fast':
+        assert search.targets_ and recall >= .99
+        assert search.margin_ == pytest.approx(Found().fit(one).margin_, rel=.3)
+
+def test_rows_that_are_all_one_have_no_others():
+    assert SEARCHES['fp16']().fit(torch.ones(50, 8)).recall_ == 1
