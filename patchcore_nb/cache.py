@@ -30,7 +30,7 @@ def _pixels(image:Image.Image|np.ndarray|Tensor)->tuple[str,np.ndarray]: # what 
     "Read the pixels of a picture in memory: a tensor has its channels first, an array last."
     if isinstance(image, Image.Image): return image.mode, np.ascontiguousarray(to_pil(image)) # with its palette, upright
     kind = type(image).__name__
-    if isinstance(image, Tensor): image = image.detach().cpu().numpy()
+    if isinstance(image, Tensor): image = dense(image).numpy()
     return kind, np.ascontiguousarray(image)
 
 def digest_image(

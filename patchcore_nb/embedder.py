@@ -84,6 +84,7 @@ def build_aggregator(
 # %% ../nbs/07a_embedder.ipynb #21c781ac
 class Embedder:
     "Images to patch embeddings; calls change nothing, so any number of threads may call."
+    @usual_torch()
     def __init__(self,
         what:Embedding,          # what an embedding is
         how:Compute|None=None,   # where and how to compute; None: as `Compute` has it

@@ -72,6 +72,7 @@ def axes_of(
     rest = lattice.first, lattice.stride
     return [Axis(n, pixels, cells, *rest) for n, pixels, cells in zip(grid, size, lattice.cells)]
 
+@full_precision()
 def make_maps(
     patch_scores:Tensor,  # (B, h, w)
     size:tuple[int,int],  # (H, W) in pixels, of what the network got to see

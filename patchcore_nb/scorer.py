@@ -270,6 +270,7 @@ class Scorer:
         with limit_threads(self.num_threads): self.search_ = SEARCHES.find(self.search)().fit(memory_bank)
         return self
 
+    @full_precision()
     def __call__(self,
         patches:Tensor, # (B, h, w, D), on any device
     )->Scores: # on the device of the memory bank

@@ -210,6 +210,7 @@ def other_sizes(
         elif size is not None: found[name] = parse_pixels(size, name)
     return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
 
+@usual_torch()
 def load(
     folder:str|Path,      # of a model, ours or the reference's, single or an ensemble
     prefix:str='',        # "Ensemble-1-2_" for the first of two members alone

@@ -1,14 +1,28 @@
 "Numbers that can be trusted: places in maps, searches, precision, kinds of input, memory."
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from PIL import Image
+
+from patchcore_nb import concurrency, store
+from patchcore_nb.core import ArgumentError, PatchCoreError
+from patchcore_nb.ensemble import Ensemble
 from patchcore_nb.evidence import patch_box
+from patchcore_nb.memory_bank import cover
 from patchcore_nb.maps import Lattice, make_maps, naive_maps
 from patchcore_nb.names import SEARCHES
+from patchcore_nb.nested_search import Nested
 from patchcore_nb.patchcore import PatchCore
 from patchcore_nb.reasons import middle_of, patch_at
-from patchcore_nb.search import naive_neighbours
+from patchcore_nb.samplers import coreset
+from patchcore_nb.scorer import Scorer
+from patchcore_nb.search import naive_neighbours, nearest_neighbours
 
 
 def noise(seed, h, w, dot=None):
@@ -95,3 +109,147 @@ def test_twins_teach_a_search_nothing(name, off, copies):
 
 def test_rows_that_are_all_one_have_no_others():
     assert SEARCHES['fp16']().fit(torch.ones(50, 8)).recall_ == 1
+
+
+# Full precision
+def words():
+    "What torch is set to: words, and switches as far as it says."
+    def asked(read):
+        try: return read()
+        except RuntimeError: return 'refused'
+    b = torch.backends
+    parts = [b, b.cudnn, b.cudnn.conv, b.cudnn.rnn, b.cuda.matmul, b.mkldnn, b.mkldnn.conv, b.mkldnn.matmul] if hasattr(b, 'fp32_precision') else []
+    return [o.fp32_precision for o in parts], asked(lambda: b.cudnn.allow_tf32), asked(torch.get_float32_matmul_precision), asked(lambda: b.cuda.matmul.allow_tf32)
+
+PRECISIONS = {'as it is': '0', 'high': "torch.set_float32_matmul_precision('high')", 'medium': "torch.set_float32_matmul_precision('medium')", 'switched off': 'b.cudnn.allow_tf32 = False',
+              'conv ieee': "b.cudnn.conv.fp32_precision = 'ieee'", 'all tf32': "b.fp32_precision = 'tf32'", 'products tf32': "b.cuda.matmul.fp32_precision = 'tf32'", 'all bf16': "b.fp32_precision = 'bf16'"}
+ASK = """
+import sys, torch
+from concurrent.futures import ThreadPoolExecutor
+sys.path.insert(0, {tests!r})
+from test_trust import words
+from patchcore_nb.concurrency import full_precision
+b = torch.backends
+new = hasattr(b, 'fp32_precision')
+if new or 'fp32' not in {how!r}:
+    {how}
+before = words()
+def come_and_go(_):
+    for _ in range(20):
+        with full_precision(), full_precision():
+            parts = [b.cudnn.conv, b.cuda.matmul, b.mkldnn.conv, b.mkldnn.matmul] if new else []
+            assert {{o.fp32_precision for o in parts}} <= {{'ieee'}}, 'not full precision'
+            assert new or (not b.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == 'highest')
+    try:
+        with full_precision(): 1/0
+    except ZeroDivisionError: pass
+come_and_go(0)
+assert words() == before, (before, words())
+with ThreadPoolExecutor(4) as pool: list(pool.map(come_and_go, range(8)))
+assert words() == before, (before, words())
+if new: # what is wider is still listened to
+    b.fp32_precision = 'ieee'
+    assert b.mkldnn.matmul.fp32_precision == before[0][-1] or before[0][-1] == before[0][0]
+"""
+
+@pytest.mark.parametrize('how', PRECISIONS.values(), ids=PRECISIONS)
+def test_full_precision_whatever_was_set_and_as_it_was_afterwards(how):
+    "In a process of its own: torch does not forget which way was used."
+    code = ASK.format(how=how, tests=str(Path(__file__).parent))
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+
+def test_full_precision_by_switches_alone(monkeypatch):
+    "As with a torch that has no words."
+    monkeypatch.setattr(concurrency, '_parts', lambda: [])
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('high')
+    try:
+        with concurrency.full_precision(): inside = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+        assert inside == (False, 'highest') and torch.get_float32_matmul_precision() == 'high'
+    finally: torch.set_float32_matmul_precision(before)
+
+@pytest.mark.parametrize('ask', [lambda x: nearest_neighbours(x, x), lambda x: SEARCHES['exact']().fit(x)(x), lambda x: coreset(x, .5), lambda x: Scorer().fit(x)(x[:, None, None]), lambda x: make_maps(x[:2, :, None], (9, 9)),
+                                 lambda x: Nested().fit(x, [9, 40])(x), lambda x: cover(x, torch.full((40,), 9.), 1.), lambda x: SEARCHES['fp16']().fit(x)(x)], ids=['plain', 'exact', 'coreset', 'scorer', 'maps', 'nested', 'cover', 'fp16'])
+def test_products_are_computed_in_full_precision(ask, monkeypatch):
+    x = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    seen = []
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if any(o in str(func) for o in ('mm', 'convolution')): seen.append(torch.get_float32_matmul_precision())
+            return func(*args, **(kwargs or {}))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('medium')
+    try:
+        with Watch(): ask(x)
+    finally: torch.set_float32_matmul_precision(before)
+    assert seen and set(seen) == {'highest'}
+
+
+# What comes in, and the state that torch is in
+SMALL = dict(target_dim=64, resize=64, imagesize=64, batch_size=4, device='cpu')
+GOOD = [np.random.default_rng(i).integers(0, 255, (64, 64, 3), dtype=np.uint8) for i in range(4)]
+TEST = [*GOOD, 255-GOOD[0]]
+
+def small(**more): return PatchCore('filterbank', **SMALL | more)
+
+@pytest.fixture(scope='module')
+def usual(): return small().fit(GOOD)
+
+@pytest.fixture(scope='module')
+def wanted(usual): return usual.predict(TEST).image_scores
+
+def as_tensors(dtype): return [torch.from_numpy(o).permute(2, 0, 1).to(dtype)/255 for o in TEST]
+
+def test_numbers_of_numpy_will_do(wanted):
+    found = small(k=np.int64(1), seed=np.int32(0), resize=np.int64(64), imagesize=(np.int16(64), np.int64(64)), patchsize=np.uint8(3), stride=np.int64(1), target_dim=np.int64(64), batch_size=np.int64(4), num_workers=np.int8(1), ratio=np.float64(.1)).fit(GOOD).predict(TEST)
+    assert torch.equal(found.image_scores, wanted)
+
+@pytest.mark.parametrize('make', [lambda: as_tensors(torch.bfloat16), lambda: as_tensors(torch.float16), lambda: as_tensors(torch.float64), lambda: [o.to_sparse() for o in as_tensors(torch.float32)],
+                                  lambda: [torch.quantize_per_tensor(o, 1/255, 0, torch.quint8) for o in as_tensors(torch.float32)], lambda: [o.requires_grad_() for o in as_tensors(torch.float32)]], ids=['bfloat16', 'float16', 'float64', 'sparse', 'quantised', 'with a gradient'])
+def test_tensors_of_any_kind_are_images(usual, wanted, make):
+    torch.testing.assert_close(usual.predict(make()).image_scores, wanted, rtol=1e-5, atol=1e-6)
+    assert small().fit(make()[:4]).n_images_ == 4
+
+def closed():
+    im = Image.fromarray(GOOD[0])
+    im.close()
+    return im
+
+@pytest.mark.parametrize('make, word', [(lambda: [o.astype(object) for o in TEST], 'got object'), (lambda: [o.astype(str) for o in TEST], 'got <U3'), (lambda: [o.astype('S') for o in TEST], 'got'), (lambda: [o+0j for o in as_tensors(torch.float32)], 'got complex'),
+                                        (lambda: [o.to('meta') for o in as_tensors(torch.float32)], 'meta'), (lambda: [(o, 0) for o in TEST], 'pass the labels apart'), (lambda: [[o, 1] for o in TEST], 'number 0 is a list'), (lambda: [GOOD[0], ('x.png', 1)], 'number 1 is a tuple'), (lambda: [closed()], 'pass it open')])
+def test_what_is_no_image_is_named(usual, make, word):
+    for ask in (usual.predict, small().fit):
+        with pytest.raises(PatchCoreError, match=word): ask(make())
+
+@pytest.mark.parametrize('device', ['cuda', torch.device('cuda'), 'meta'])
+def test_a_device_that_is_not_there_is_named(device):
+    if 'cuda' in str(device) and torch.cuda.is_available(): pytest.skip('it is there')
+    with pytest.raises(ArgumentError, match=f"device '{device}' cannot be used"): small(device=device).fit(GOOD)
+
+STATES = {'autocast': lambda: torch.autocast('cpu', torch.bfloat16), 'inference': torch.inference_mode, 'no gradients': torch.no_grad, 'another device': lambda: torch.device('meta')}
+
+@pytest.mark.parametrize('state', STATES.values(), ids=STATES)
+def test_the_state_of_torch_does_not_matter(usual, wanted, state, tmp_path):
+    "Around fit, around predict, around all that a model does; and what was made inside works outside."
+    with state():
+        assert torch.equal(usual.predict(TEST).image_scores, wanted)
+        inside = small().fit(GOOD)
+        both = Ensemble([small(), small(k=2)]).fit(GOOD)
+        more = both.predict(TEST)
+        store.save(inside, tmp_path/'m')
+        loaded = store.load(tmp_path/'m', device='cpu')
+        grown = small().fit(GOOD[:2]).partial_fit(GOOD[2:])
+    for o in (inside, loaded): assert torch.equal(o.predict(TEST).image_scores, wanted)
+    assert torch.equal(more.image_scores, Ensemble([small(), small(k=2)]).fit(GOOD).predict(TEST).image_scores)
+    inside.partial_fit([255-GOOD[1]])
+    assert torch.equal(grown.predict(TEST).image_scores, small().fit(GOOD[:2]).partial_fit(GOOD[2:]).predict(TEST).image_scores)
+    assert not inside.memory_bank_.is_inference()
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float16])
+def test_another_default_type_is_named(usual, dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        for ask in (lambda: usual.predict(TEST), lambda: small().fit(GOOD)):
+            with pytest.raises(ArgumentError, match='set_default_dtype'): ask()
+    finally: torch.set_default_dtype(torch.float32)
