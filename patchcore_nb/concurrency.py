@@ -183,11 +183,12 @@ def full_precision()->contextlib.AbstractContextManager: # which may be entered 
 # %% ../nbs/00_concurrency.ipynb #356283fd
 @contextlib.contextmanager
 def usual_torch():
-    "Compute for a while as torch does from the start: no autocast, no inference mode, new tensors of float32 on the CPU."
+    "Compute as torch does from the start: without autocast and inference mode, new tensors on the CPU."
     usual = torch.get_default_dtype()
     if usual != torch.float32: raise ArgumentError(f'the default type of torch must be float32 to build and run a model, got {usual}: call torch.set_default_dtype(torch.float32)')
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
-        for kind in ['cpu', 'cuda'][:1+torch.cuda.is_available()]: stack.enter_context(torch.autocast(kind, enabled=False))
+        kinds = ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
+        for kind in kinds: stack.enter_context(torch.autocast(kind, enabled=False))
         if torch.empty(0).device.type != 'cpu': stack.enter_context(torch.device('cpu'))
         yield

@@ -1,4 +1,5 @@
 "Numbers that can be trusted: places in maps, searches, precision, kinds of input, memory."
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from PIL import Image
 
-from patchcore_nb import concurrency, store
-from patchcore_nb.core import ArgumentError, PatchCoreError
+from patchcore_nb import answers, concurrency, store
+from patchcore_nb.core import ArgumentError, DataError, PatchCoreError, read_image
 from patchcore_nb.ensemble import Ensemble
 from patchcore_nb.evidence import patch_box
 from patchcore_nb.memory_bank import cover
@@ -253,3 +254,23 @@ def test_another_default_type_is_named(usual, dtype):
         for ask in (lambda: usual.predict(TEST), lambda: small().fit(GOOD)):
             with pytest.raises(ArgumentError, match='set_default_dtype'): ask()
     finally: torch.set_default_dtype(torch.float32)
+
+
+# Memory that ran out
+@pytest.mark.parametrize('e', [MemoryError(), MemoryError('std::bad_alloc'), RuntimeError('std::bad_alloc'), OSError(errno.ENOMEM, 'Cannot allocate memory'), torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 400 bytes. Error code 12 (Cannot allocate memory)"),
+    RuntimeError('[enforce fail at alloc_cpu.cpp:75] . DefaultCPUAllocator: not enough memory: you tried to allocate 400 bytes.'), RuntimeError('CUDA error: out of memory\nCUDA kernel errors might be reported later'),
+    RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'), RuntimeError('cuDNN error: CUDNN_STATUS_ALLOC_FAILED'), RuntimeError('MPS backend out of memory (MPS allocated: 8 GB)'),
+    RuntimeError("Error in virtual void* faiss::gpu::StandardGpuResourcesImpl::allocMemory: Error: 'err == cudaSuccess' failed: cudaMalloc error out of memory [2]"), RuntimeError('unable to mmap 400 bytes from file <x>: Cannot allocate memory (12)'),
+    RuntimeError('bad allocation'), RuntimeError('HIP out of memory.'), ImportError('DLL load failed: The paging file is too small for this operation to complete.')], ids=lambda e: str(e)[:24])
+def test_memory_that_ran_out_is_told_as_such(e, tmp_path):
+    "By any library, and if somebody took it for another fault."
+    assert answers.message(e, {}).startswith('out of memory (')
+    def broken(im): raise e
+    path = tmp_path/'a.png'
+    Image.fromarray(GOOD[0]).save(path)
+    with pytest.raises(PatchCoreError) as caught: read_image(path, broken)
+    assert answers.message(caught.value, {}).startswith('out of memory (')
+
+@pytest.mark.parametrize('e', [DataError('pictures/out of memory.png is not there: check the path'), FileNotFoundError(errno.ENOENT, 'No such file', 'cannot allocate.png'), ArgumentError('memory_budget is too small'), ValueError('a memory bank')])
+def test_what_only_sounds_like_it_is_not(e): assert not answers.message(e, {}).startswith('out of memory')
