@@ -130,16 +130,17 @@ def said_by_click(
     return LOG_ONLINE if is_log_online else text
 
 NO_MEMORY = ( # how torch, CUDA, MPS, faiss and C++ say it, on Linux, macOS and Windows
-    r"(?i)out of memory|(not enough|insufficient) memory|(can't|cannot|unable to) allocate|bad.?alloc|alloc_failed"
-    r'|OutOfMemory|MemoryAllocation|paging file is too small')
-NO_MEMORY_CODES = errno.ENOMEM, 8, 14, 1455 # the last three are those of Windows
+    r"(?i)out of memory|(not enough|insufficient) memory|(can't|cannot|unable to) allocate"
+    r'|bad.?alloc|alloc_failed|OutOfMemory|MemoryAllocation|paging file is too small')
+NO_MEMORY_CODES = errno.ENOMEM, 1455 # the second is one of Windows
 
 def says_no_memory(
     e:BaseException, # any
 )->bool:
     "Tell whether an error says that memory ran out; what we say ourselves may quote a path that does."
     if isinstance(e, (PatchCoreError, click.ClickException)): return False
-    if isinstance(e, OSError): return getattr(e, 'winerror', None) in NO_MEMORY_CODES or e.errno == errno.ENOMEM
+    codes = {getattr(e, o, None) for o in ('errno', 'winerror')}
+    if isinstance(e, OSError): return not codes.isdisjoint(NO_MEMORY_CODES)
     torch = sys.modules.get('torch') # if nobody has imported it, it is not to blame
     kinds = (MemoryError, torch.cuda.OutOfMemoryError) if torch else MemoryError
     return isinstance(e, kinds) or bool(re.search(NO_MEMORY, str(e)))
