@@ -12,7 +12,7 @@ from patchcore_nb.core import full_precision
 from patchcore_nb.demo import demo_sample
 from patchcore_nb.extractor import create_backbone
 from patchcore_nb.patchcore import PatchCore
-from patchcore_nb.scorer import make_maps
+from patchcore_nb.maps import make_maps
 
 PATHS = 'conv1', 'bn1', 'relu', 'maxpool', 'layer1', 'layer2', 'layer3' # of a ResNet, as far as it is used
 

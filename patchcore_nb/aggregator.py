@@ -23,12 +23,12 @@ from .core import *
 # %% ../nbs/03_aggregator.ipynb #c7c38bc1
 def _unfold(
     maps:Tensor, # (B, C, H, W)
-    patchsize:int, stride:int,
+    patchsize:int,
 )->Tensor: # (B, C*p*p, h, w)
     "Cut out the neighbourhood of each cell."
     pad = (patchsize-1)//2
-    h = (maps.shape[2]+2*pad-patchsize)//stride+1
-    cut = F.unfold(maps, patchsize, padding=pad, stride=stride) # (B, C*p*p, h*w)
+    h = maps.shape[2]+2*pad-patchsize+1
+    cut = F.unfold(maps, patchsize, padding=pad) # (B, C*p*p, h*w)
     return rearrange(cut, 'b c (h w) -> b c h w', h=h)
 
 def unfold_and_pool(
@@ -42,7 +42,7 @@ def unfold_and_pool(
     pooled = []
     grid = None
     for maps in features.values():
-        x = _unfold(maps, patchsize, stride)
+        x = _unfold(maps, patchsize)
         if grid is None: grid = x.shape[2:]
         else: x = F.interpolate(x, grid, mode='bilinear', align_corners=False)
         x = rearrange(x, 'b c h w -> (b h w) c')
@@ -50,7 +50,8 @@ def unfold_and_pool(
     x = torch.cat(pooled, 1)
     x = F.adaptive_avg_pool1d(x, target_dim or x.shape[1]) # (B*h*w, D)
     h, w = grid
-    return rearrange(x, '(b h w) d -> b h w d', h=h, w=w)
+    every = rearrange(x, '(b h w) d -> b h w d', h=h, w=w)
+    return every[:, ::stride, ::stride]
 
 # %% ../nbs/03_aggregator.ipynb #5037fdbc
 def pool_matrix(
@@ -171,21 +172,28 @@ def _upsample(x:Tensor, grid:tuple[int,int])->Tensor:
     "Bring maps to a grid."
     return F.interpolate(x, grid, mode='bilinear', align_corners=False)
 
+def _convolve(x:Tensor, kernel:Kernel, patchsize:int, stride:int, grid:tuple[int,int])->Tensor: # (B, rows, h, w)
+    "Find a layer's share of every patch, or of as many as the stride keeps."
+    pad = (patchsize-1)//2
+    own = tuple(s+2*pad-patchsize+1 for s in x.shape[2:])
+    if own == grid: return F.conv2d(x, kernel.weight, stride=stride, padding=pad, groups=kernel.groups)
+    share = F.conv2d(x, kernel.weight, padding=pad, groups=kernel.groups)
+    return _upsample(share, grid)[..., ::stride, ::stride]
+
 def embed(
     maps:Sequence[Tensor],    # for each layer (B, C, h_l, w_l)
     kernels:Sequence[Kernel], # for each layer
     patchsize:int,            # p
-    stride:int,               # of the convolutions
-    grid:tuple[int,int],      # (h, w) to bring all layers to
+    stride:int,               # cells from one patch to the next
+    grid:tuple[int,int],      # (h', w') to bring all layers to: that of stride 1
     dim:int,                  # D
     out:Tensor=None,          # (B, D, h, w) to add to, in place; default: zeros
 )->Tensor: # (B, D, h, w)
     "Apply one patch size's kernels and add up the layers' shares."
-    if out is None: out = _zeros(maps[0], dim, grid)
-    pad = (patchsize-1)//2
+    kept = tuple(-(-n//stride) for n in grid)
+    if out is None: out = _zeros(maps[0], dim, kept)
     for x, k in zip(maps, kernels):
-        share = F.conv2d(x, k.weight, stride=stride, padding=pad, groups=k.groups)
-        if share.shape[2:] != grid: share = _upsample(share, grid)
+        share = _convolve(x, k, patchsize, stride, grid)
         out[:, k.first:k.first+len(k.weight)] += share
     return out
 
@@ -255,7 +263,9 @@ class Aggregator:
     )->Tensor: # (B, h, w, D)
         "Embed patches on the grid of the first layer."
         maps = list(features.values())
-        grid = self.grid(*maps[0].shape[2:])
+        size = maps[0].shape[2:]
+        self.grid(*size) # which refuses odd settings
+        grid = patch_grid(*size, self.patchsize)
         out = None
         with full_precision():
             for p, ks in self.kernels_: out = embed(maps, ks, p, self.stride, grid, self.dim_, out)

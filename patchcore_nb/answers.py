@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ARGUMENTS', 'UNLIKE', 'NONE', 'STARTS', 'QUOTED', 'ENDS', 'VALUE', 'RULE', 'COMPARED', 'CHANGE', 'ABOUT', 'PLACES',
-           'NOTHING', 'LOG_ONLINE', 'OUT_OF_MEMORY', 'SPINS', 'flags_of', 'spelling', 'typed_value', 'is_clear',
-           'as_flags', 'said_in_flags', 'said_by_click', 'is_out_of_memory', 'message', 'complain', 'sleep_early',
-           'print_warning', 'status_of', 'speak']
+           'NOTHING', 'LOG_ONLINE', 'OUT_OF_MEMORY', 'NO_MEMORY', 'NO_MEMORY_CODES', 'SPINS', 'flags_of', 'spelling',
+           'typed_value', 'is_clear', 'as_flags', 'said_in_flags', 'said_by_click', 'says_no_memory', 'out_of_memory',
+           'message', 'complain', 'sleep_early', 'print_warning', 'status_of', 'speak']
 
 # %% ../nbs/12_answers.ipynb #7cadd893
-import os, re, shlex, sys, warnings
+import errno, os, re, shlex, sys, warnings
 from collections.abc import Sequence
 
 import click
@@ -130,20 +130,36 @@ def said_by_click(
     is_log_online = isinstance(e, click.NoSuchOption) and e.option_name == '--log_online'
     return LOG_ONLINE if is_log_online else text
 
-def is_out_of_memory(
+NO_MEMORY = ( # how torch, CUDA, MPS, faiss and C++ say it, on Linux, macOS and Windows
+    r"(?i)out of memory|(not enough|insufficient) memory|(can't|cannot|unable to) allocate"
+    r'|bad.?alloc|alloc_failed|OutOfMemory|MemoryAllocation|paging file is too small')
+NO_MEMORY_CODES = errno.ENOMEM, 1455 # the second is one of Windows
+
+def says_no_memory(
     e:BaseException, # any
 )->bool:
-    "Tell whether memory ran out, of the machine or of its GPU."
+    "Tell whether an error says that memory ran out; what we say ourselves may quote a path that does."
+    if isinstance(e, (PatchCoreError, click.ClickException)): return False
+    codes = {getattr(e, o, None) for o in ('errno', 'winerror')}
+    if isinstance(e, OSError): return not codes.isdisjoint(NO_MEMORY_CODES)
     torch = sys.modules.get('torch') # if nobody has imported it, it is not to blame
     kinds = (MemoryError, torch.cuda.OutOfMemoryError) if torch else MemoryError
-    return isinstance(e, kinds) or 'not enough memory' in str(e)
+    return isinstance(e, kinds) or bool(re.search(NO_MEMORY, str(e)))
+
+def out_of_memory(
+    e:BaseException|None, # any
+)->BaseException|None: # the error that says so; None: memory did not run out
+    "Find whether memory ran out, of the machine or of its GPU, behind an error that was made of it as well."
+    while e is not None and not says_no_memory(e): e = e.__cause__ or e.__context__
+    return e
 
 def message(
     e:BaseException, # any
     flags:dict[str,click.Option], # as `flags_of` finds them
 )->str: # one or several lines
     "Tell what went wrong, to somebody who typed a command."
-    if is_out_of_memory(e): return OUT_OF_MEMORY.format(first_line(e)[:120])
+    empty = out_of_memory(e)
+    if empty: return OUT_OF_MEMORY.format(first_line(empty)[:120])
     if isinstance(e, click.ClickException): return said_by_click(e)
     if isinstance(e, PatchCoreError): return said_in_flags(e, flags)
     return f'{type(e).__name__}: {e} (PATCHCORE_NB_DEBUG=1 shows where)'

@@ -33,7 +33,7 @@ def _pixels(image:Image.Image|np.ndarray|Tensor)->tuple[str,np.ndarray]: # what 
         shown = image if is_deep(image) else to_pil(image) # with its palette, upright
         return image.mode, np.ascontiguousarray(shown)
     kind = type(image).__name__
-    if isinstance(image, Tensor): image = image.detach().cpu().numpy()
+    if isinstance(image, Tensor): image = dense(image).numpy()
     return kind, np.ascontiguousarray(image)
 
 def digest_image(

@@ -64,6 +64,7 @@ def held_with(
     gone = promises(fitted.calibration) and not fitted.held
     return [] if gone else [*(fitted.held or []), *more]
 
+@usual_torch()
 def learn_more(
     fitted:Fitted,
     items:Sequence,    # more good images
@@ -100,6 +101,7 @@ def numbering(
     return lambda idxs: places(idxs, numbers, fitted.embedder.grid_, fitted.recipe.views)
 
 # %% ../nbs/07f_learning_on.ipynb #d4d980b6
+@usual_torch()
 def forget_images(
     fitted:Fitted,
     images:Sequence, # each a number in `origin`, or whatever `as_items` takes of what was remembered
@@ -112,6 +114,7 @@ def forget_images(
     return with_bank(fitted, rest, fitted.held, OLD_MEMORY)
 
 # %% ../nbs/07f_learning_on.ipynb #d0f6d0f8
+@usual_torch()
 def shrink_to(
     fitted:Fitted,
     ratio:float, # part of the patches to remember, (0, 1], at most the one of the fit
@@ -140,6 +143,7 @@ def held_by_any(
     for o in models: held += o.held or []
     return [x for x in held if digest_image(x) not in known]
 
+@usual_torch()
 def join_models(
     models:Sequence[Fitted], # at least one, of the same embedding
 )->Fitted: # the images of the second are numbered on from those of the first
@@ -153,6 +157,7 @@ def join_models(
     return with_bank(before, bank, held_by_any(models, bank), OLD_MEMORY)
 
 # %% ../nbs/07f_learning_on.ipynb #babd3532
+@usual_torch()
 def computed_by(
     fitted:Fitted,
     how:Compute,
@@ -176,6 +181,7 @@ def check_same_images(
         if digest_image(items[i]) != bank.digests[i]: raise DataError(f'image {i} is not the one that was given to fit: pass the same images in the same order')
     return numbers
 
+@usual_torch()
 def look_back(
     fitted:Fitted,
     items:Sequence, # the training images

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shares', 'lock_across_forks', 'in_new_thread', 'set_own_threads', 'limit_threads', 'in_threads', 'SharedSetting',
-           'full_precision']
+           'precision_of', 'full_precision', 'usual_torch']
 
 # %% ../nbs/00_concurrency.ipynb #951cd322
 import contextlib, math, os, threading
@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
 
 import torch
+
+from .base import ArgumentError
 
 # %% ../nbs/00_concurrency.ipynb #e6c6bfc9
 def shares(
@@ -135,10 +137,58 @@ class SharedSetting:
             if not self.users: self.write(self.before)
 
 # %% ../nbs/00_concurrency.ipynb #cc65d416
-def _set_tf32(allow:bool): torch.backends.cudnn.allow_tf32 = allow
+def precision_of(
+    part, # of `torch.backends`, with `fp32_precision`
+)->str: # "ieee", "tf32", "bf16"; "none": as the wider setting says
+    "Read the precision that an operation was given itself."
+    seen = part.fp32_precision
+    part.fp32_precision = 'none'
+    inherited = part.fp32_precision
+    part.fp32_precision = seen
+    return 'none' if inherited == seen else seen
 
-_TF32 = SharedSetting(lambda: torch.backends.cudnn.allow_tf32, _set_tf32)
+def _parts()->list:
+    "List the operations that have a word of their own."
+    b = torch.backends
+    if not hasattr(b, 'fp32_precision'): return [] # before torch 2.9
+    return [b.cudnn.conv, b.cudnn.rnn, b.cuda.matmul, b.mkldnn.conv, b.mkldnn.matmul]
 
-def full_precision()->contextlib.AbstractContextManager: # which may be entered in several threads at once
-    "Compute convolutions on a GPU in float32 proper for a while; changes nothing on a CPU."
-    return _TF32.hold(False)
+def _set_cudnn(allow:bool): torch.backends.cudnn.allow_tf32 = allow
+
+_SWITCHES = [(lambda: torch.backends.cudnn.allow_tf32, _set_cudnn),
+             (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision)]
+
+def _asked(read:Callable): # None: torch does not say, because words were used
+    "Read a switch."
+    try: return read()
+    except RuntimeError: return None
+
+def _read_precision()->tuple[list,list[str]]: # switches; words
+    switches = [_asked(read) for read, _ in _SWITCHES]
+    return switches, [precision_of(o) for o in _parts()]
+
+def _write_precision(values:tuple[list,list[str]]):
+    switches, words = values
+    for (read, write), value in zip(_SWITCHES, switches):
+        told = value is not None and _asked(read) is not None
+        if told: write(value)
+    for part, word in zip(_parts(), words): part.fp32_precision = word
+
+_PRECISION = SharedSetting(_read_precision, _write_precision)
+
+def full_precision()->contextlib.AbstractContextManager: # which may be entered in several threads at once, or decorate a function
+    "Compute convolutions and matrix products in float32 proper for a while."
+    return _PRECISION.hold(([False, 'highest'], ['ieee']*len(_parts())))
+
+# %% ../nbs/00_concurrency.ipynb #356283fd
+@contextlib.contextmanager
+def usual_torch():
+    "Compute as torch does from the start: without autocast and inference mode, new tensors on the CPU."
+    usual = torch.get_default_dtype()
+    if usual != torch.float32: raise ArgumentError(f'the default type of torch must be float32 to build and run a model, got {usual}: call torch.set_default_dtype(torch.float32)')
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        kinds = ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
+        for kind in kinds: stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.empty(0).device.type != 'cpu': stack.enter_context(torch.device('cpu'))
+        yield

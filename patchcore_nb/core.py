@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'check_seed', 'generator', 'best_device', 'named_device', 'pick_device', 'to_rgb',
-           'FirstFrameWarning', 'read_image', 'to_pil', 'normalise', 'denormalise', 'to_tensor', 'progress',
+           'FirstFrameWarning', 'read_image', 'dense', 'to_pil', 'normalise', 'denormalise', 'to_tensor', 'progress',
            'PatchCoreError', 'DataError', 'ArgumentError', 'nearest_names', 'first_line', 'unknown', 'as_plain',
            'is_whole', 'is_number', 'in_short', 'disk_error', 'make_folder', 'replacing', 'replacing_folder',
-           'full_precision', 'in_threads', 'limit_threads']
+           'full_precision', 'in_threads', 'limit_threads', 'usual_torch']
 
 # %% ../nbs/00_core.ipynb #47a55bb6
 import warnings
@@ -28,7 +28,7 @@ from .bit_depth import *
 _all_ = ['PatchCoreError', 'DataError', 'ArgumentError', 'nearest_names', 'first_line', 'unknown',
          'as_plain', 'is_whole', 'is_number', 'in_short', # of base, for all who import core
          'disk_error', 'make_folder', 'replacing', 'replacing_folder', # of complete, likewise
-         'full_precision', 'in_threads', 'limit_threads'] # and of concurrency
+         'full_precision', 'in_threads', 'limit_threads', 'usual_torch'] # and of concurrency
 __getattr__ = renamed(__name__, why='first_line', _disk_error='disk_error')
 
 # %% ../nbs/00_core.ipynb #108c6a7e
@@ -59,7 +59,7 @@ def named_device(
     "Find a device of torch, or say why it cannot be used."
     try: found = torch.device(device)
     except RuntimeError: raise ArgumentError(f"{name} {device!r} is none that torch knows: pass 'cpu', 'cuda:0', or the index of a GPU") from None
-    try: found.type == 'cpu' or torch.empty(0, device=found)
+    try: found.type == 'cpu' or torch.empty(0, device=found).cpu()
     except Exception as e: raise ArgumentError(f"{name} '{found}' cannot be used here ({first_line(e)[:80]}): pass 'cpu', or the index of a GPU") from None
     return found
 
@@ -141,10 +141,21 @@ def read_image(
     except Exception as e: raise DataError(f'{path} cannot be read ({first_line(e)}): replace or remove it') from None # Pillow's readers raise what they like
 
 # %% ../nbs/00_core.ipynb #62943fc6
+def dense(
+    x:Tensor, # of any layout and type, on any device
+)->Tensor: # on the CPU, of a type that numpy has
+    "Take the numbers out of a tensor of any kind."
+    if x.is_meta: raise ArgumentError('an image must hold numbers, got a tensor on the device meta, which holds none: make it on another device')
+    x = x.detach().cpu()
+    if x.is_quantized: x = x.dequantize()
+    if x.layout != torch.strided: x = x.to_dense()
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+# %% ../nbs/00_core.ipynb #e6fcfa1c
 def _as_array(x:np.ndarray|Tensor)->np.ndarray: # (H, W) or (H, W, 3 or 4)
     "Put channels last, and drop a single one."
     if isinstance(x, Tensor):
-        x = x.detach().cpu()
+        x = dense(x)
         if x.ndim == 3: x = x.permute(1, 2, 0)
     a = np.asarray(x)
     one_channel = a.ndim == 3 and a.shape[2] == 1
@@ -159,6 +170,7 @@ def _check_shape(a:np.ndarray, what:str):
 
 def _check_range(a:np.ndarray):
     "Refuse numbers other than floats in [0, 1]."
+    if a.dtype.kind not in 'buif': raise ArgumentError(f'an image must be uint8, or float in [0, 1], got {a.dtype}: convert it')
     fine = np.issubdtype(a.dtype, np.floating) and np.isfinite(a).all()
     if not fine or a.min() < 0 or a.max() > 1:
         raise ArgumentError(f'an image must be uint8, or float in [0, 1], got {a.dtype} in [{a.min()}, {a.max()}]: convert or rescale it')
@@ -171,7 +183,10 @@ def to_pil(
     "Make an image from whatever holds one."
     convert = partial(to_rgb, value_range=value_range)
     if isinstance(x, (str, Path)): return read_image(x, convert)
-    if isinstance(x, Image.Image): return convert(x)
+    if isinstance(x, Image.Image):
+        try: return convert(x)
+        except PatchCoreError: raise
+        except (ValueError, OSError) as e: raise DataError(f'a Pillow image cannot be read ({first_line(e)}): pass it open and whole, or its path') from None
     a = _as_array(x)
     _check_shape(a, type(x).__name__)
     deep_or_mask = a.ndim == 2 and a.dtype in (np.uint16, bool)

@@ -26,7 +26,7 @@ from .core import *
 from .data import TURNS, Preprocess, batches, read_ahead
 from .embedding import Compute, Embedding, check_compute, essence, settle
 from .extractor import Extractor, create_backbone, map_shapes
-from .scorer import make_maps
+from .maps import Lattice, make_maps
 
 # %% ../nbs/07a_embedder.ipynb #7cf988ab
 def build_extractor(
@@ -84,6 +84,7 @@ def build_aggregator(
 # %% ../nbs/07a_embedder.ipynb #21c781ac
 class Embedder:
     "Images to patch embeddings; calls change nothing, so any number of threads may call."
+    @usual_torch()
     def __init__(self,
         what:Embedding,          # what an embedding is
         how:Compute|None=None,   # where and how to compute; None: as `Compute` has it
@@ -96,7 +97,9 @@ class Embedder:
         found = dry_run(self.extractor_, self.preprocess_.size)
         self.largest_map_ = found.largest
         self.aggregator_ = build_aggregator(self.what, found.shapes, self.device_)
-        self.grid_ = self.aggregator_.grid(*found.shapes[0][1:])
+        cells = found.shapes[0][1:]
+        self.grid_ = self.aggregator_.grid(*cells)
+        self.lattice_ = Lattice(cells, self.what.patchsize, self.what.stride)
         self.dim_ = self.aggregator_.dim_
 
     @property
@@ -344,4 +347,5 @@ def maps(self:Embedder,
 )->Tensor: # (B, H, W)
     "Scale patch scores to the size of what the network sees."
     size = self.preprocess_.size
-    return make_maps(patch_scores, self.extractor_.padded_size(size), smoothing, size)
+    seen = self.extractor_.padded_size(size)
+    return make_maps(patch_scores, seen, smoothing, size, self.lattice_)

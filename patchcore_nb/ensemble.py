@@ -45,6 +45,7 @@ def min_max(
     return (x-low)/width
 
 # %% ../nbs/07i_ensemble.ipynb #e2133d07
+@usual_torch()
 def bank_unit(
     memory_bank:Tensor,      # (M, D)
     distance:str='squared',  # as the member's: a name in `DISTANCES`
@@ -80,6 +81,7 @@ class EnsemblePrediction(Prediction):
     folder:str|Path|None=None # for maps that do not fit into memory; None: the one for temporary files
     over_:'EnsemblePrediction|None'=field(default=None, repr=False) # what `normalised_over_set` has found
 
+    @usual_torch()
     def normalised_over_set(self)->'EnsemblePrediction': # without a threshold
         "Find the reference's scores and maps: each member's over the whole set from 0 to 1, then the mean."
         if self.over_: return self.over_
@@ -270,6 +272,7 @@ def adopt(self:Ensemble,
     return self
 
 # %% ../nbs/07i_ensemble.ipynb #3e6304b5
+@usual_torch()
 def ask_all(
     joined:Joined,
     items:Sequence, # images
@@ -321,6 +324,7 @@ def joint_calibration(
 
 # %% ../nbs/07i_ensemble.ipynb #53a3a017
 @patch
+@usual_torch()
 def fit(self:Ensemble,
     images, # good images: whatever `as_items` takes
     y=None, # (n,) labels, 1 = defective: these are left out; None: all are good

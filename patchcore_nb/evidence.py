@@ -23,11 +23,9 @@ def cell_size(
     model:PatchCore, # fitted
 )->tuple[float,float]: # height and width, pixels
     "Measure a cell of the feature map on the part of an image that the network saw."
-    lost = (model.patchsize+1) % 2 # a patch of even side takes a cell off the grid
-    rows, cols = model.grid_
+    rows, cols = model.embedder_.lattice_.cells
     height, width = model.extractor_.padded_size(model.preprocess_.size)
-    cells = rows*model.stride+lost, cols*model.stride+lost
-    return height/cells[0], width/cells[1]
+    return height/rows, width/cols
 
 # %% ../nbs/09d_evidence.ipynb #d09f492d
 def patch_box(
@@ -36,10 +34,10 @@ def patch_box(
 )->tuple[float,float,float,float]: # left, top, right, bottom in pixels of the part that the network saw
     "Find the place of a patch in its image."
     height, width = cell_size(model)
-    p = model.patchsize
-    before = (p-1)//2 # cells of the patch before its middle
-    x = (col*model.stride-before)*width
-    y = (row*model.stride-before)*height
+    lattice = model.embedder_.lattice_
+    x = (col*lattice.stride-lattice.before)*width
+    y = (row*lattice.stride-lattice.before)*height
+    p = lattice.patchsize
     return x, y, x+p*width, y+p*height
 
 # %% ../nbs/09d_evidence.ipynb #9b059754

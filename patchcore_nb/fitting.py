@@ -281,6 +281,7 @@ def judge_without(
     if stored_of_others(bank.origin[:, 0]) < recipe.rule.k: return None
     return leave_out(bank, scorer, learned.rows.split(recipe.views*math.prod(grid)), grid)
 
+@usual_torch()
 def fit_parts(
     embedder:Embedder, # not calibrated
     recipe:Recipe,

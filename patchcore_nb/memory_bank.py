@@ -144,6 +144,7 @@ def pick_new(
     if not len(out): return out
     return out[cover(rows[out], far[out], radius)]
 
+@full_precision()
 def cover(
     rows:Tensor,  # (n, D)
     start:Tensor, # (n,) distance of each to what is remembered

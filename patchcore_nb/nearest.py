@@ -132,6 +132,7 @@ def _better(
     return topk_per_query(r_all, d_all, j_all, n, k)
 
 # %% ../nbs/00b_nearest.ipynb #37f26112
+@full_precision()
 def nearest_neighbours(
     queries:Tensor, # (Q, D)
     rows:Tensor,    # (M, D)

@@ -96,6 +96,7 @@ def _by_product(self:Nested,
     return found
 
 @patch
+@full_precision()
 def __call__(self:Nested,
     queries:Tensor, # (Q, D)
     k:int=1,        # neighbours, at most as many as the smallest size

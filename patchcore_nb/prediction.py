@@ -107,6 +107,7 @@ def empty_maps(
     return spilled(n, math.prod(size), folder).view(n, *size) if on_disk else torch.empty(n, *size)
 
 # %% ../nbs/07d_prediction.ipynb #88249e58
+@usual_torch()
 def score_images(
     embedder:Embedder,
     scorer:Scorer,      # fitted

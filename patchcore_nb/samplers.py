@@ -183,6 +183,7 @@ def _said(o)->str:
     "Tell what somebody has handed over."
     return f'{o.dtype} of shape {tuple(o.shape)}' if isinstance(o, Tensor) else type(o).__name__
 
+@full_precision()
 def coreset(
     rows:Tensor,     # (N, D) patch embeddings
     ratio:float=0.1, # fraction to keep, (0, 1]; 1 keeps all

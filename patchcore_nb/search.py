@@ -163,6 +163,7 @@ class Exact:
     tile = 32768   # rows of the memory bank at a time
     small = 1024   # memory banks of fewer rows are searched by the plain product
 
+    @full_precision()
     def fit(self,
         memory_bank:Tensor, # (M, D) float32; kept, not copied
     ):
@@ -270,6 +271,7 @@ def _in_groups(self:Exact, k:int)->bool:
     return bool(self.targets_) and k <= len(self.targets_[-1].half)//GROUP
 
 @patch
+@full_precision()
 def __call__(self:Exact,
     queries:Tensor, # (Q, D)
     k:int=1,        # neighbours, 1 <= k <= M

@@ -176,6 +176,7 @@ def wake_bank(
     return MemoryBank(tensors['memory_bank'], **of_rows, **plain, ratio=model.ratio)
 
 # %% ../nbs/07h_state.ipynb #d1beac3b
+@usual_torch()
 def from_state(
     state:dict,               # plain values, as `get_state` gives them
     tensors:dict[str,Tensor], # tensors, likewise

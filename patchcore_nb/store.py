@@ -253,6 +253,7 @@ def in_few_words():
         if len(said) <= MOST_SAID: raise
         raise type(e)(f'{said[:MOST_SAID-300]} ... {said[-300:]}') from None
 
+@usual_torch()
 def load(
     folder:str|Path,      # of a model, ours or the reference's, single or an ensemble
     prefix:str='',        # "Ensemble-1-2_" for the first of two members alone
