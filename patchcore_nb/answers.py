@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ARGUMENTS', 'UNLIKE', 'NONE', 'STARTS', 'QUOTED', 'ENDS', 'VALUE', 'RULE', 'COMPARED', 'CHANGE', 'ABOUT', 'PLACES',
-           'NOTHING', 'LOG_ONLINE', 'OUT_OF_MEMORY', 'NO_MEMORY', 'NO_MEMORY_CODES', 'SPINS', 'flags_of', 'spelling',
-           'typed_value', 'is_clear', 'as_flags', 'said_in_flags', 'said_by_click', 'says_no_memory', 'out_of_memory',
-           'message', 'complain', 'sleep_early', 'print_warning', 'status_of', 'speak']
+           'NOTHING', 'LOG_ONLINE', 'OUT_OF_MEMORY', 'NO_MEMORY', 'NO_MEMORY_CODES', 'SPINS', 'ENDING', 'flags_of',
+           'spelling', 'typed_value', 'is_clear', 'as_flags', 'said_in_flags', 'said_by_click', 'says_no_memory',
+           'out_of_memory', 'message', 'complain', 'sleep_early', 'Ended', 'end', 'set_aside', 'signals_raised',
+           'signal_status', 'print_warning', 'status_of', 'speak']
 
 # %% ../nbs/12_answers.ipynb #7cadd893
-import errno, os, re, shlex, sys, warnings
+import contextlib, errno, os, re, shlex, signal, sys, threading, warnings
 from collections.abc import Sequence
 
 import click
@@ -181,6 +182,43 @@ def sleep_early():
     is_said = {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'} & set(os.environ)
     if not is_said and 'torch' not in sys.modules: os.environ['GOMP_SPINCOUNT'] = str(SPINS)
 
+# %% ../nbs/12_answers.ipynb #4e4ae100
+ENDING = 'SIGTERM', 'SIGHUP' # as far as the system knows them
+
+class Ended(KeyboardInterrupt):
+    "A signal that asks the process to end."
+    def __init__(self,
+        number:int, # of the signal
+        frame=None, # where it came
+    ): self.number = number
+
+def end(number, frame):
+    "Raise a signal."
+    raise Ended(number)
+
+def set_aside(
+    number:int, # of a signal
+)->bool:
+    "Tell whether whoever started the process wants this signal to be passed over."
+    return signal.getsignal(number) is signal.SIG_IGN
+
+@contextlib.contextmanager
+def signals_raised():
+    "Raise the signals that ask a process to end, as Ctrl-C is raised; only its main thread can."
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = [getattr(signal, o) for o in ENDING if is_main and hasattr(signal, o)]
+    before = {o: signal.signal(o, end) for o in numbers if not set_aside(o)}
+    try: yield
+    finally:
+        for number, handler in before.items(): signal.signal(number, handler or signal.SIG_DFL)
+
+def signal_status(
+    e:BaseException, # KeyboardInterrupt, or what click makes of one
+)->int: # 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP
+    "Say by which signal a command ended, as a shell does."
+    first = e.__cause__ or e
+    return 128+getattr(first, 'number', signal.SIGINT)
+
 # %% ../nbs/12_answers.ipynb #75d3e987
 def print_warning(message, category, *args, **kw):
     "Print a warning as one line on the standard error."
@@ -195,9 +233,9 @@ def status_of(
     "Run a command, with one line for an error."
     said = shlex.join([name, *typed])
     try: status = command.main(list(typed), prog_name=name, standalone_mode=False, obj=dict(command=said))
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as e:
         print(interrupted, file=sys.stderr)
-        return 130
+        return signal_status(e)
     except Exception as e:
         if os.environ.get('PATCHCORE_NB_DEBUG') == '1': raise
         return complain(e, flags_of(command, typed))
@@ -219,6 +257,7 @@ def speak(
         if text not in told: print_warning(text, category)
         told.add(text)
     warnings.showwarning = print_in_flags
-    try: status = status_of(command, name, typed, interrupted)
+    try:
+        with signals_raised(): status = status_of(command, name, typed, interrupted)
     finally: warnings.showwarning = show
     sys.exit(status)
