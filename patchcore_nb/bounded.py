@@ -9,6 +9,7 @@ __all__ = ['MOST_JSON', 'MOST_NESTS', 'OWN', 'MOST_HEADER', 'MOST_VALUE', 'MOST_
 
 # %% ../nbs/08_bounded.ipynb #6b66bdf7
 import contextlib, hashlib, json, stat
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -134,12 +135,14 @@ def parse_json(
 def read_json(
     path:Path,
     sealed:str|None=None, # the format that ends with a digest of its own; older ones do not
+    first:Callable|None=None, # refuses values, if it knows a better reason than that they were edited
 ): # what it says; if it has a digest of its own, as it was written
     "Read a JSON file that may hold anything."
     raw = read_bytes(path, MOST_JSON)
     try: values = parse_json(raw)
     except (ValueError, RecursionError) as e:
         raise unreadable(path, first_line(e)[:200], 'the model is damaged, fit it again') from None
+    if first: first(values)
     if not isinstance(values, dict): return values
     if OWN in values or sealed and values.get('format') == sealed: check_own(path, raw, values.get(OWN))
     return values

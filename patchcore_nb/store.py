@@ -10,6 +10,7 @@ __all__ = ['FORMATS', 'ENSEMBLE', 'MOST_MEMBERS', 'MOST_SAID', 'Formats', 'forma
 
 # %% ../nbs/08_store.ipynb #61e6bb47
 import contextlib, re, warnings
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -159,8 +160,10 @@ def load_one(
     values, tensors = f'{prefix}{VALUES}', f'{prefix}{TENSORS}'
     if values in names: return read_model(folder, prefix, wanted)
     ours = [o for o in (tensors, ENSEMBLE if prefix else tensors) if o in names]
-    if ours: raise DataError(f"{folder/values} is not there, but {ours[0]} is: the model is not complete, copy the whole folder, or remove {ours[0]} to load the reference's files alone")
-    if f'{prefix}{REFERENCE_PARAMS}' in names: return read_reference(folder, prefix, wanted)
+    theirs = f'{prefix}{REFERENCE_PARAMS}' in names
+    if ours and not theirs: raise DataError(f'{folder/values} is not there, but {ours[0]} is: the model is not complete, copy the whole folder')
+    if ours: warnings.warn(f"{folder/values} is not there, but {ours[0]} is: the model is not complete, copy the whole folder; the reference's files are read in its place, which know no threshold, no sizes and no settings of ours")
+    if theirs: return read_reference(folder, prefix, wanted)
     raise DataError(f'{folder} holds no model: neither {prefix}{VALUES} nor {prefix}{REFERENCE_PARAMS} is there')
 
 # %% ../nbs/08_store.ipynb #66a44a2c
@@ -186,13 +189,15 @@ def read_ensemble(
     ours = [o for o in prefixes if f'{o}{VALUES}' in names]
     if ENSEMBLE not in names and ours: raise DataError(f'{path} is not there: the ensemble is not complete, copy the whole folder, or load a member alone, by prefix {ours[0]!r}')
     if ENSEMBLE not in names: return None
-    values = read_json(path, FORMAT)
+    damaged = partial(unreadable, path, remedy='the model is damaged, fit it again')
+    def check(values):
+        try: check_members(folder, values, prefixes)
+        except Exception as e: raise damaged(first_line(e)[:300]) from None
+    values = read_json(path, FORMAT, check)
     try:
-        check_members(folder, values, prefixes)
         found = values['calibration']
         return None if found is None else read_calibration(found)
-    except Exception as e:
-        raise unreadable(path, first_line(e)[:300], 'the model is damaged, fit it again') from None
+    except Exception as e: raise damaged(first_line(e)[:300]) from None
 
 # %% ../nbs/08_store.ipynb #8fb5a8b4
 def keeps_threshold(
