@@ -20,7 +20,7 @@ from .quantised import *
 from .search import *
 
 # %% ../nbs/00ba_approximate.ipynb #96c1be25
-TWIN = 1e-2 # of the memory bank's spread: what is nearer is the same row once more
+TWIN = 1e-5 # of the memory bank's spread: what is nearer is the same row once more, but for rounding
 MOST_TWINS = 512 # rows with more of them are not asked
 
 def twin_distance(

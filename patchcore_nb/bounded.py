@@ -126,10 +126,11 @@ def once(
 
 def parse_json(
     raw:bytes, # anything
+    most:int=MOST_NESTS, # lists and dicts that it may hold
 ): # what it says
     "Read JSON that may be anything, but no name twice."
     nests = raw.count(b'[')+raw.count(b'{')
-    if nests > MOST_NESTS: raise ValueError('it nests more than the values of a model do')
+    if nests > most: raise ValueError('it nests more than the values of a model do')
     return json.loads(raw.decode(), object_pairs_hook=once)
 
 def read_json(
@@ -167,7 +168,7 @@ def check_layout(
     with opened(path) as (f, size):
         n = int.from_bytes(f.read(8), 'little')
         if n > min(size-8, MOST_HEADER): raise ValueError(f'its header claims {say_size(n)}')
-        header = parse_json(f.read(n))
+        header = parse_json(f.read(n), MOST_HEADER) # a tensor takes three
     ends = [o['data_offsets'][1] for k, o in header.items() if k != '__metadata__']
     whole = 8+n+max(ends)
     if whole != size: raise ValueError(f'its header speaks of {say_size(whole)}, and it has {say_size(size)}')

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load as read_tensors, save as write_tensors
 from torch import Tensor
 
 from .core import *
-from .bit_depth import is_deep
+from .bit_depth import deep_values, is_deep, is_unsigned
 
 # %% ../nbs/00d_cache.ipynb #b8210b48
 def _digest(content:bytes)->str: return hashlib.sha256(content).hexdigest()
@@ -30,7 +30,8 @@ def _file_bytes(path:str|Path)->bytes:
 def _pixels(image:Image.Image|np.ndarray|Tensor)->tuple[str,np.ndarray]: # what kind of picture; its numbers
     "Read the pixels of a picture in memory: a tensor has its channels first, an array last."
     if isinstance(image, Image.Image):
-        shown = image if is_deep(image) else to_pil(image) # with its palette, upright
+        upright = ImageOps.exif_transpose(image)
+        shown = deep_values(upright, is_unsigned(image)) if is_deep(image) else to_pil(image) # with its palette
         return image.mode, np.ascontiguousarray(shown)
     kind = type(image).__name__
     if isinstance(image, Tensor): image = dense(image).numpy()

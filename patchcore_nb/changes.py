@@ -24,6 +24,7 @@ from .items import as_items
 from .left_out import LeftOut, judge_left_out
 from .memory_bank import MemoryBank, digest_images, known_radius, places
 from .names import SEARCHES
+from .survey import warn_of
 from .thresholds import Calibration
 
 # %% ../nbs/07f_learning_on.ipynb #e1819176
@@ -75,6 +76,7 @@ def learn_more(
     embedder, recipe, bank = fitted.embedder, fitted.recipe, fitted.bank
     part = recipe.train_val_split if len(items)*recipe.train_val_split >= 1 else 1. # of very few all
     keep, held = hold_out(len(items), part, recipe.seed)
+    warn_of(embedder.preprocess_, items)
     plan = plan_for(embedder, memory_load(embedder, recipe, len(keep), len(bank), len(held)))
     kept = [items[i] for i in keep]
     rows = embedder.rows(with_turns(kept, recipe.augment), plan)

@@ -41,16 +41,16 @@ def make_folder(
     return Path(path)
 
 # %% ../nbs/00_complete.ipynb #f2849cce
-LEFT = re.compile(r'\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d{1,9})-(?P<tag>[0-9a-f]{8})', re.DOTALL)
+LEFT = re.compile(r'\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d{1,9})-(?P<tag>[0-9a-f]{17})', re.DOTALL)
 DAY = 24*60*60 # seconds
 
 @functools.cache
-def own_host()->str: # three hexadecimal digits
+def own_host()->str: # twelve hexadecimal digits
     "Tell this host, and a container on it, from others."
     try: space = os.stat('/proc/self/ns/pid').st_ino # within which process numbers mean something
     except OSError: space = 0
     said = f'{platform.node()} {space}'
-    return hashlib.sha256(said.encode()).hexdigest()[:3]
+    return hashlib.sha256(said.encode()).hexdigest()[:12]
 
 def beside(
     path:Path,

@@ -132,7 +132,7 @@ def of_today(
 )->dict: # its parameters
     "Call parameters as they are called now."
     params, old = values['params'], RENAMED if values['format'] == FIRST else {}
-    strided = values['format'] == FIRST and params.get('stride', 1) != 1
+    strided = values['format'] != FORMAT and params.get('stride', 1) != 1
     if strided: raise DataError(f"the model has stride {in_short(params['stride'])}, and until 0.2 a stride took the deeper layers from other places than the first: fit it again")
     twice = [f'{k} and {new}' for k, new in old.items() if k in params and new in params]
     if twice: raise DataError(f"the model says {', '.join(twice)}, which are one parameter: remove one")

@@ -23,7 +23,7 @@ from .data import Preprocess, to_original
 from .embedder import Embedder
 from .items import item_size
 from .scorer import Scorer
-from .survey import warn_guessed, warn_unseen
+from .survey import warn_of
 from .thresholds import Calibration
 
 # %% ../nbs/07d_prediction.ipynb #3eb1989e
@@ -118,8 +118,7 @@ def score_images(
     word:str='scoring', # for the progress bar
 )->Prediction: # on the CPU
     "Score images, batch by batch."
-    warn_unseen(embedder.preprocess_, items)
-    warn_guessed(embedder.preprocess_, items)
+    warn_of(embedder.preprocess_, items)
     n, size = len(items), embedder.how.batch_size
     scores = torch.empty(n)
     patch_scores = torch.empty(n, *embedder.grid_)

@@ -8,7 +8,7 @@ __all__ = ['MAPS', 'CHUNK', 'FORMATS', 'picture_folders', 'evaluate_main', 'colo
            'write_json', 'write_predictions', 'find_images', 'summary', 'predict_main']
 
 # %% ../nbs/12a_saved.ipynb #d426dbe0
-import json, os
+import json, os, warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def evaluate_cli(**kw):
     "Judge saved models on test sets: RESULTS_PATH patch_core_loader [...] dataset [...]"
 
 evaluate_cli.add_command(without(patch_core_loader, help='the models'))
-evaluate_cli.add_command(without(dataset, 'train_val_split', 'augment'))
+evaluate_cli.add_command(without(dataset, 'train_val_split', 'augment', 'value_range'))
 
 @evaluate_cli.result_callback()
 def judge_again(parts, **group):
@@ -196,12 +196,16 @@ def predict_files(
     maps:str='png',             # in `MAPS`
 )->Iterator[dict]: # for each image its path, score, p-value, verdict and maps
     "Score image files, and write their maps."
+    from patchcore_nb.survey import UnseenWarning, ValueRangeWarning, warn_of
     check_written(items, folder, maps)
     folder = Path(folder)
     names = names_for(items)
     scale = colour_scale(model) if 'png' in endings_of(maps) else (0., 1.)
+    for preprocess in {o.preprocess_ for o in model.members}: warn_of(preprocess, items)
     for first in range(0, len(items), CHUNK):
-        prediction = model.predict(items[first:first+CHUNK])
+        with warnings.catch_warnings():
+            for o in (UnseenWarning, ValueRangeWarning): warnings.simplefilter('ignore', o) # of all it was said
+            prediction = model.predict(items[first:first+CHUNK])
         for i, name in enumerate(names[first:first+CHUNK]):
             written = write_map(prediction, i, name, folder/'maps', maps, scale)
             places = [o.relative_to(folder).as_posix() for o in written]

@@ -197,7 +197,7 @@ def make_left(folder, name, pid, host):
 
 def test_what_dead_runs_left_is_swept(tmp_path):
     "Of this host, by the process; of another, once it is a day old; the living, and other people's files, stay."
-    strange = 'fff' if own_host() != 'fff' else '000'
+    strange = 'f'*12 if own_host() != 'f'*12 else '0'*12
     dead, living, abroad, old = (make_left(tmp_path, 'm', *o) for o in ((999999999, own_host()), (os.getpid(), own_host()), (999999999, strange), (999999998, strange)))
     os.utime(old, (1e9, 1e9))
     for name in ('.m.tmp', '.tmp-1-00000000', 'm.tmp-999999999-00000000', '.bashrc'): (tmp_path/name).write_bytes(b'dear to me')

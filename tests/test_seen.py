@@ -230,3 +230,72 @@ def test_the_report_says_what_is_cut_off(tmp_path, capfd):
     assert 'the network sees 14% of an image of 700 x 100' in capfd.readouterr().err
     page = next((tmp_path/'results').rglob('report.html')).read_text(encoding='utf-8')
     assert 'The network sees 14% of the image' in page
+
+
+# What holds images
+
+def test_tensors_of_16_bits_are_images_of_16_bits():
+    tensors = [torch.from_numpy(np.array(deep('12 bits', i))) for i in range(4)]
+    model = fitted(tensors)
+    assert 0 < model.preprocess_.value_range[1] < 5000
+    assert len(np.unique(np.asarray(model.view(tensors[0])))) > 100
+
+
+def test_one_deep_image_among_many_is_found():
+    images = [Image.fromarray(texture(i).astype(np.uint8)) for i in range(200)]
+    images[1] = deep('12 bits', 1)
+    from patchcore_nb.survey import find_value_range
+    with pytest.warns(UserWarning, match='1 of 200 images'): assert find_value_range(images) is not None
+
+
+def test_a_picture_that_lies_on_its_side(tmp_path):
+    im = Image.fromarray(texture(0, 64, 96).astype(np.uint8)).convert('RGB')
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    im.save(tmp_path/'a.jpg', exif=exif)
+    sizes = {PatchCore('filterbank', **KW|dict(imagesize=None)).fit([o]*3).preprocess_.size for o in (tmp_path/'a.jpg', Image.open(tmp_path/'a.jpg'))}
+    assert sizes == {(96, 64)}
+
+
+def test_the_cache_knows_how_a_deep_picture_lies(tmp_path):
+    from patchcore_nb.cache import digest_image
+    deep('12 bits', 0).save(tmp_path/'a.png')
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    deep('12 bits', 0).save(tmp_path/'b.png', exif=exif)
+    assert len({digest_image(Image.open(tmp_path/o)) for o in ('a.png', 'b.png')}) == 2
+
+
+@pytest.mark.parametrize('odd', [None, 5, b'abc', {}, np.zeros(5), torch.tensor(1.), np.zeros((0, 0, 3), np.uint8)], ids=str)
+def test_what_is_no_image_is_named(odd):
+    model = fitted([texture(i).astype(np.uint8) for i in range(3)])
+    for call in (model.predict, PatchCore('filterbank', **KW).fit):
+        with pytest.raises((ArgumentError, DataError)): call([odd])
+
+
+def test_values_that_were_not_measured():
+    from patchcore_nb.bit_depth import picture_span
+    a = texture(0)
+    a[:20] = -3.4e38
+    assert picture_span(a)[0] > 0 and picture_span(np.full((4, 4), -3.4e38)) is None
+
+
+def test_what_is_said_is_what_is_used():
+    images = [deep('unit', i) for i in range(4)]
+    with pytest.warns(UserWarning) as said: found = PatchCore('filterbank', **KW).fit(images).preprocess_.value_range
+    assert str(found) in str(said[0].message)
+
+
+def test_more_images_are_looked_at_too():
+    model = fitted([Image.fromarray(texture(i).astype(np.uint8)) for i in range(4)])
+    with pytest.warns(ValueRangeWarning): model.partial_fit([deep('12 bits', 9)])
+
+
+def test_a_bank_of_clusters_has_no_twins():
+    from patchcore_nb.approximate import measure_recall
+    g = torch.Generator().manual_seed(0)
+    rows = torch.cat([torch.randn(1000, 32, generator=g)*.05+c*20*torch.randn(32, generator=g) for c in (1, 2, 3)])
+    def blind(queries, k=1): # finds a row of the right cluster, hardly ever the nearest
+        near = torch.cdist(queries, rows).topk(k+50, largest=False)
+        return near.values[:, -k:], near.indices[:, -k:]
+    assert measure_recall(blind, rows, 200) < .5
