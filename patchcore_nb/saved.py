@@ -17,7 +17,7 @@ import click
 from .answers import speak
 from .arguments import check_folders, find_categories, saved_models
 from .base import *
-from .choices import HELP, Parts, Size, check_parts, without
+from .choices import HELP, Parts, Size, check_parts, refuse, without
 from .choices import (
     CACHE, GPU, LANG, NO_REPORT, PICTURES, PLACE, SAVED_SEARCH, WEIGHTS_DIR, dataset, patch_core_loader)
 from .cli import report_arguments, show_run
@@ -48,7 +48,7 @@ def evaluate_cli(**kw):
     "Judge saved models on test sets: RESULTS_PATH patch_core_loader [...] dataset [...]"
 
 evaluate_cli.add_command(without(patch_core_loader, help='the models'))
-evaluate_cli.add_command(without(dataset, 'train_val_split', 'augment', 'value_range'))
+evaluate_cli.add_command(without(dataset, 'train_val_split', 'augment'))
 
 @evaluate_cli.result_callback()
 def judge_again(parts, **group):
@@ -59,6 +59,7 @@ def judge_again(parts, **group):
     folder = Path(group['results_path'])
     loader = flags['patch_core_loader']
     data = flags['dataset']
+    refuse(data, ('value_range',), 'is for fitting, and saved models are fitted')
     check_folders(loader)
     categories = find_categories(group['seed'], data, need_train=False)
     models = saved_models(group, loader, data, categories)
