@@ -33,6 +33,16 @@ def demo_root(tmp_path_factory)->Path: # a folder in MVTec's layout
     return root
 
 
+@pytest.fixture(scope='session')
+def weights(tmp_path_factory)->Path: # a folder with resnet18.pth
+    "Weights that pass for pretrained ones."
+    import torch
+    from patchcore_nb.extractor import create_backbone
+    folder = tmp_path_factory.mktemp('weights')
+    torch.save(create_backbone('resnet18', 'random', seed=7).state_dict(), folder/'resnet18.pth')
+    return folder
+
+
 @pytest.fixture
 def offline(monkeypatch):
     "A test that would download weights fails."

@@ -24,7 +24,6 @@ from patchcore_nb.complete import LEFT, own_host, put_aside, replacing, replacin
 from patchcore_nb.core import ArgumentError, DataError
 from patchcore_nb.demo import make_demo
 from patchcore_nb.ensemble import Ensemble
-from patchcore_nb.extractor import create_backbone
 from patchcore_nb.model_files import TENSORS, VALUES
 from patchcore_nb.patchcore import PatchCore
 from patchcore_nb.reference_files import REFERENCE_INDEX, REFERENCE_PARAMS
@@ -311,13 +310,6 @@ def test_parameters_that_no_model_has(calibrated, tmp_path, param, value):
     values['params'][param] = value
     write_json(path, values)
     refused(load, tmp_path/'m', says=param)
-
-@pytest.fixture(scope='module')
-def weights(tmp_path_factory)->Path: # a folder with resnet18.pth
-    "Weights that pass for pretrained ones."
-    folder = tmp_path_factory.mktemp('weights')
-    torch.save(create_backbone('resnet18', 'random', seed=7).state_dict(), folder/'resnet18.pth')
-    return folder
 
 @pytest.fixture(scope='module')
 def both(weights): return PatchCore('resnet18', weights_dir=weights, **SMALL | dict(resize=64, imagesize=56)).fit(IMAGES)

@@ -42,13 +42,6 @@ quiet = pytest.mark.filterwarnings("ignore:the reference's files cannot express"
 
 
 @pytest.fixture(scope='module')
-def weights(tmp_path_factory)->Path: # a folder with resnet18.pth
-    "Weights that pass for pretrained ones."
-    folder = tmp_path_factory.mktemp('weights')
-    torch.save(create_backbone('resnet18', 'random', seed=7).state_dict(), folder/'resnet18.pth')
-    return folder
-
-@pytest.fixture(scope='module')
 def model(weights): return PatchCore('resnet18', weights_dir=weights, **SMALL | dict(resize=64, imagesize=56)).fit(IMAGES)
 
 @pytest.fixture(scope='module')
