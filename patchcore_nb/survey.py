@@ -15,7 +15,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from .core import *
 from .crop import Preprocess, seen_share
 from .data import image_size
 from .embedding import Embedding, settle
-from .bit_depth import deep_values, is_deep, is_unsigned, joint_range, picture_span
+from .bit_depth import deep_values, is_deep, is_unsigned, joint_range, picture_span, rounded_range
 
 # %% ../nbs/07_survey.ipynb #1f161412
 ENOUGH = 64 # images to look at
@@ -57,7 +56,7 @@ def is_deep_item(
     "Tell whether an image holds grey values of more than 8 bits, without decoding it."
     if isinstance(item, (str, Path)): return read_image(item, is_deep)
     if isinstance(item, Image.Image): return is_deep(item)
-    return getattr(item, 'dtype', None) in (np.uint16, torch.uint16)
+    return str(getattr(item, 'dtype', '')).endswith('uint16')
 
 # %% ../nbs/07_survey.ipynb #9bfb8839
 def span_of(
@@ -77,10 +76,10 @@ def find_value_range(
     deep = [o for o in items if is_deep_item(o)]
     spans = [o for o in map(span_of, some_of(deep)) if o is not None]
     if not spans: return None
-    black, white = (float(f'{o:.6g}') for o in joint_range(spans)) # as it is said
+    black, white = rounded_range(*joint_range(spans)) # as it is said
     few = f' ({len(deep)} of {len(items)} images; the others have 8 bits and stay as they are)'
     if len(deep) == len(items): few = ''
-    warnings.warn(f'the training images have more than 8 bits{few}: {black:.6g} is shown as black and {white:.6g} as white, here and in all images that this model judges; value_range=({black:.6g}, {white:.6g}) says the same')
+    warnings.warn(f'the training images have more than 8 bits{few}: {black} is shown as black and {white} as white, here and in all images that this model judges; value_range=({black}, {white}) says the same')
     return black, white
 
 # %% ../nbs/07_survey.ipynb #67c6542c
