@@ -131,6 +131,7 @@ def said_by_click(
     is_log_online = isinstance(e, click.NoSuchOption) and e.option_name == '--log_online'
     return LOG_ONLINE if is_log_online else text
 
+# %% ../nbs/12_answers.ipynb #f388c81d
 NO_MEMORY = ( # how torch, CUDA, MPS, faiss and C++ say it, on Linux, macOS and Windows
     r"(?i)out of memory|(not enough|insufficient) memory|(can't|cannot|unable to) allocate"
     r'|bad.?alloc|alloc_failed|OutOfMemory|MemoryAllocation|paging file is too small')
@@ -147,6 +148,7 @@ def says_no_memory(
     kinds = (MemoryError, torch.cuda.OutOfMemoryError) if torch else MemoryError
     return isinstance(e, kinds) or bool(re.search(NO_MEMORY, str(e)))
 
+# %% ../nbs/12_answers.ipynb #277afa76
 def out_of_memory(
     e:BaseException|None, # any
 )->BaseException|None: # the error that says so; None: memory did not run out
@@ -165,6 +167,7 @@ def message(
     if isinstance(e, PatchCoreError): return said_in_flags(e, flags)
     return f'{type(e).__name__}: {e} (PATCHCORE_NB_DEBUG=1 shows where)'
 
+# %% ../nbs/12_answers.ipynb #6b38bdfc
 def complain(
     e:BaseException, # any
     flags:dict[str,click.Option]|None=None, # as `flags_of` finds them

@@ -31,6 +31,7 @@ def twin_distance(
     spread = (some-some.mean(0)).square().sum(1).mean().sqrt()
     return TWIN*float(spread)
 
+# %% ../nbs/00ba_approximate.ipynb #12e16c83
 class Others(NamedTuple):
     "What a search takes for the nearest rows that are no twins of some rows."
     dists:Tensor # (n,) distances; infinite where nothing but twins was found
@@ -66,6 +67,7 @@ def find_others(
     which, twins = map(torch.cat, zip(*pairs))
     return Others(dists, rows, which, twins)
 
+# %% ../nbs/00ba_approximate.ipynb #031e43c2
 def others(
     search:Callable,    # a fitted search of a memory bank
     memory_bank:Tensor, # (M, D)

@@ -212,6 +212,7 @@ def histogram_path(
     heights = np.pad((counts/most).repeat(2), 1)
     return svg_path(axis.x(corners), axis.y(heights))
 
+# %% ../nbs/10a_board.ipynb #02b770f6
 def groups_of(
     scores:np.ndarray,      # (B,) image scores
     labels:np.ndarray|None, # (B,) True = defective; None: nobody knows
@@ -234,6 +235,7 @@ def histogram_parts(
         if n.any(): parts.append(svg_stroke(shape, fill=colour, fill_opacity=.45, stroke=colour))
     return parts
 
+# %% ../nbs/10a_board.ipynb #efa31d92
 def triangle(
     x:float, # of its tip, pixels
 )->str: # SVG

@@ -60,6 +60,7 @@ def opened(
     except OSError as e: raise unreadable(path, e.strerror or first_line(e)) from None
     except MemoryError: raise no_room(path, size) from None
 
+# %% ../nbs/08_bounded.ipynb #7f27c423
 def no_room(
     path:Path,
     size:int, # bytes
@@ -74,6 +75,7 @@ def check_room(
     "Refuse what does not go into memory before it is tried."
     if size > free_memory(): raise no_room(path, size)
 
+# %% ../nbs/08_bounded.ipynb #b5f8066e
 def read_bytes(
     path:Path,
     most:int=1<<50, # bytes that it may have
@@ -104,6 +106,7 @@ def blank_digest(
     "Work out the SHA-256 of a text."
     return hashlib.sha256(text.encode()).hexdigest()
 
+# %% ../nbs/08_bounded.ipynb #9407387a
 def write_json(
     path:Path,
     values:dict, # plain
@@ -114,6 +117,7 @@ def write_json(
     before, key, after = text.rpartition(f'"{OWN}": "')
     path.write_text(before+key+blank_digest(text)+after, encoding='utf-8')
 
+# %% ../nbs/08_bounded.ipynb #98b29f78
 def once(
     pairs:list[tuple], # name and value
 )->dict:
@@ -124,6 +128,7 @@ def once(
         found[k] = v
     return found
 
+# %% ../nbs/08_bounded.ipynb #a63cf534
 def parse_json(
     raw:bytes, # anything
     most:int=MOST_NESTS, # lists and dicts that it may hold
@@ -148,6 +153,7 @@ def read_json(
     if OWN in values or sealed and values.get('format') == sealed: check_own(path, raw, values.get(OWN))
     return values
 
+# %% ../nbs/08_bounded.ipynb #90935840
 def check_own(
     path:Path, # for errors
     raw:bytes, # from that file

@@ -88,6 +88,7 @@ def learn_more(
     held = [x for x in held_with(fitted, more) if digest_image(x) not in known]
     return with_bank(fitted, grown, held, OLD_MEMORY)
 
+# %% ../nbs/07f_learning_on.ipynb #14e15e14
 def exact_search(fitted:Fitted):
     "Find a search of the memory bank that is exact."
     if fitted.recipe.search == 'exact': return fitted.scorer.search_

@@ -147,6 +147,7 @@ def _tidy(temp:Path, path:Path, old:Path):
     remove(temp)
     sweep(path.parent)
 
+# %% ../nbs/00_complete.ipynb #98777022
 @contextlib.contextmanager
 def replacing_folder(
     path:str|Path, # where the folder shall be; what is there already is replaced
@@ -165,6 +166,7 @@ def replacing_folder(
     except OSError as e: raise disk_error(path, e) from None
     finally: _tidy(temp, path, old)
 
+# %% ../nbs/00_complete.ipynb #e522db12
 def put_aside(
     path:str|Path, # where a folder should be, and is not
 )->Path|None: # None: there is none

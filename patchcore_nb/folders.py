@@ -135,6 +135,7 @@ def masks_below(
     inner = [o for kind in inside[1:] for o in subfolders(kind)] # several masks of one image have a folder
     return [p for o in (*inside, *inner) if o.is_dir() for p in list_images(o)]
 
+# %% ../nbs/01_folders.ipynb #f72ef2e3
 def mask_folder(
     truth:Path, # where the masks should be
 )->Path: # where they probably are; `truth` if there is no other such folder
@@ -154,6 +155,7 @@ def unused_masks(
     every = [p for p in masks_below(truth) if p.relative_to(truth).parts[0] != good]
     return len(every), [p for p in every if p not in used]
 
+# %% ../nbs/01_folders.ipynb #167be76f
 def _why_unused(mask:Path, samples:Sequence[Sample])->str:
     "Tell why no image has this mask."
     drawn = {(o.kind, same_form(o.path.stem)) for o in samples if o.mask}

@@ -297,6 +297,7 @@ def by_search(
     if calibration and wanted.search != own: warnings.warn(f'the threshold was found with search {own}: with {wanted.search} scores are a little different')
     return values | dict(params=params | dict(search=wanted.search))
 
+# %% ../nbs/08_model_files.ipynb #8c06f5e8
 def wake(
     folder:Path, # for errors
     state:dict,  # with `params` and `learned`
@@ -311,6 +312,7 @@ def wake(
         if asked or isinstance(e, DataError): raise
         raise does_not_fit(folder, e) from None
 
+# %% ../nbs/08_model_files.ipynb #3e61385d
 def check_own_size(
     path:Path, # for errors
     values:dict, # from that file
@@ -323,6 +325,7 @@ def check_own_size(
         if pixels > MOST_PIXELS: raise ValueError(f'{pixels:,} pixels, {MOST_PIXELS:,} at most are expected')
     except Exception as e: raise DataError(f'{path} tells no size of images ({first_line(e)}): the model is damaged, fit it again') from None
 
+# %% ../nbs/08_model_files.ipynb #14e5bd73
 def read_model(
     folder:Path,
     prefix:str='', # of the files' names: "Ensemble-1-2_" for the first member of two

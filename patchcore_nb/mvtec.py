@@ -107,6 +107,7 @@ def check_complete(
     there = said_of_masks(truth, samples, good)
     raise wrong_layout(dataset, f"{missing}: {there or 'put the masks into it'}")
 
+# %% ../nbs/01_mvtec.ipynb #4a78fee2
 def image_places(
     home:Path, # of a category
     parts:Sequence[str], # what is read of it, relative to `home`
@@ -118,6 +119,7 @@ def image_places(
     apart = {*tops, *others, mask_folder(truth).name}
     return [home/o for o in tops]+[p for p in subfolders(home) if p.name not in apart]
 
+# %% ../nbs/01_mvtec.ipynb #3d6bc1cc
 def read_layout(
     dataset:str,           # name of the layout
     root:Path,             # folder that holds the categories

@@ -168,6 +168,7 @@ def check_apart(
             if p in seen: raise DataError(f'{p} is matched by {seen[p]} and by {name}: change one of the patterns')
             seen[p] = name
 
+# %% ../nbs/01b4_patterns.ipynb #9cfe4021
 @register_dataset('folder', '''
     DATA_PATH/CATEGORY/good/*                                  good images: option normal
     DATA_PATH/CATEGORY/bad/*                                   defective images: option abnormal

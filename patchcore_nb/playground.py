@@ -264,6 +264,7 @@ def setting_cells(
     said = setting._replace(layers=layers, smoothing=smoothing)
     return [escape(str(o)) for o in said]
 
+# %% ../nbs/10b_playground.ipynb #bd6a2779
 def best_of(
     tried:Sequence[dict[str,float]], # metrics
     name:str, # of one of them
@@ -281,6 +282,7 @@ def metric_cell(
     text = f'{value:.3f}'
     return f'<b>{text}</b>' if value == best else text
 
+# %% ../nbs/10b_playground.ipynb #104c08de
 def tried_html(
     tried:dict[Setting,dict[str,float]], # setting -> metrics, in the order in which they were tried
     now:Setting,  # the one that is looked at

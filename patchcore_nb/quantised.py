@@ -213,6 +213,7 @@ def _live(
     need = least_value(limits, codes, target)
     return where_true(groups.amax(1) >= need)
 
+# %% ../nbs/00b_quantised.ipynb #16160ba7
 def search_block(
     queries:Tensor,     # (n, D)
     codes:Codes,        # of the queries

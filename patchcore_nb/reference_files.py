@@ -62,6 +62,7 @@ def check_header(
     if min(d, m) < 1 or not whole: raise bad_index(path, f'claims {m} rows of {d} values in {size} bytes')
     return m, d
 
+# %% ../nbs/08_reference_files.ipynb #af74d55e
 def index_shape(
     path:str|Path, # a file that may come from anywhere
 )->tuple[int,int]: # (M, D)
@@ -122,6 +123,7 @@ def is_plain(
     "Tell whether a value is text, or a whole number that may be."
     return type(value) is kind and (kind is str or 1 <= value <= MOST)
 
+# %% ../nbs/08_reference_files.ipynb #f7418648
 def is_plain_list(
     values:list|tuple,
     kind:type, # of each: str or int
@@ -141,6 +143,7 @@ def plain_value(
     if not fits: raise ValueError(f'{key} has an odd value')
     return list(value) if kind is list else value
 
+# %% ../nbs/08_reference_files.ipynb #df75a0d6
 def read_reference_params(
     path:str|Path, # a patchcore_params.pkl that may come from anywhere
 )->dict: # the reference's eight keys; layers and shape as lists
