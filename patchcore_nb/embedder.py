@@ -344,8 +344,9 @@ def weight_bytes(self:Embedder)->int:
 def maps(self:Embedder,
     patch_scores:Tensor, # (B, h, w)
     smoothing:float=4.,  # of the Gaussian, in pixels; 0: none
+    lattice:Lattice|None=None, # where other patches lie; None: as this one's
 )->Tensor: # (B, H, W)
     "Scale patch scores to the size of what the network sees."
     size = self.preprocess_.size
     seen = self.extractor_.padded_size(size)
-    return make_maps(patch_scores, seen, smoothing, size, self.lattice_)
+    return make_maps(patch_scores, seen, smoothing, size, lattice or self.lattice_)

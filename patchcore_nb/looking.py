@@ -9,6 +9,7 @@ __all__ = ['ARROWS', 'WALKED', 'STEPS', 'threshold_slider', 'explorer_parts', 'W
 # %% ../nbs/11_looking.ipynb #b1f0254b
 import ipywidgets as W
 import numpy as np
+from fastcore.basics import patch
 from PIL import ImageDraw
 
 from .board import *
@@ -73,40 +74,53 @@ class Walk:
         at = min(self.p['at'].value, len(self.order)-1)
         return self.order[at]
 
-    def sort(self):
-        "Put the images into the order that is chosen."
-        p = self.p
-        self.order = in_order(self.shown, p['threshold'].value, p['order'].value)
+# %% ../nbs/11_looking.ipynb #f3222034
+@patch
+def sort(self:Walk):
+    "Put the images into the order that is chosen."
+    p = self.p
+    self.order = in_order(self.shown, p['threshold'].value, p['order'].value)
 
-    def place(self, at:int):
-        "Stand at a place of a new order; whoever made it shows it."
-        slider = self.p['at']
-        last = max(0, len(self.order)-1)
-        self.moving = True
-        with slider.hold_trait_notifications():
-            slider.max = last
-            slider.value = min(at, last)
-        self.moving = False
+@patch
+def place(self:Walk,
+    at:int, # in the order, from 0
+):
+    "Stand at a place of a new order; whoever made it shows it."
+    slider = self.p['at']
+    last = max(0, len(self.order)-1)
+    self.moving = True
+    with slider.hold_trait_notifications():
+        slider.max = last
+        slider.value = min(at, last)
+    self.moving = False
 
-    def follow(self):
-        "Bring an order up to date that depends on the threshold."
-        if self.p['order'].value not in ORDERS[2:]: return
-        was = self.image
-        at = self.p['at'].value
-        self.sort()
-        if was in self.order: at = self.order.index(was)
-        self.place(at)
+@patch
+def follow(self:Walk):
+    "Bring an order up to date that depends on the threshold."
+    if self.p['order'].value not in ORDERS[2:]: return
+    was = self.image
+    at = self.p['at'].value
+    self.sort()
+    if was in self.order: at = self.order.index(was)
+    self.place(at)
 
-    def step(self, by:int):
-        "Go on, or back, by some images."
-        slider = self.p['at']
-        slider.value = min(max(0, slider.value+by), slider.max)
+# %% ../nbs/11_looking.ipynb #e5c94637
+@patch
+def step(self:Walk,
+    by:int, # images; back, if negative
+):
+    "Go on, or back, by some images."
+    slider = self.p['at']
+    slider.value = min(max(0, slider.value+by), slider.max)
 
-    def pick(self, x:float, y:float):
-        "Look at the picture of the strip that was clicked."
-        n = len(self.places)
-        place = self.places[min(int(x*n), n-1)]
-        if place is not None: self.p['at'].value = place
+@patch
+def pick(self:Walk,
+    x:float, y:float, # of the click, as shares of the strip's width and height
+):
+    "Look at the picture of the strip that was clicked."
+    n = len(self.places)
+    place = self.places[min(int(x*n), n-1)]
+    if place is not None: self.p['at'].value = place
 
 # %% ../nbs/11_looking.ipynb #679ee17a
 def score_said(
@@ -149,46 +163,52 @@ class Explorer(Looked):
         self.arrange()
         self.listen()
 
-    def listen(self):
-        "Answer to the controls."
-        p = self.p
-        on_change([p['threshold']], self.judge)
-        on_change([p['opacity'], p['mask']], self.draw)
-        on_change([p['at']], self.look)
-        on_change([p['order']], self.arrange)
-        p['back'] = button('reset threshold', lambda: p['threshold'].set_trait('value', self.start))
-        p['strip'].on_click(self.pick)
-        def walk(key): self.step(1 if key == 'ArrowRight' else -1)
-        for o in ('strip', 'picture'): p[o].on_key(walk)
+# %% ../nbs/11_looking.ipynb #d52ae5ff
+@patch
+def arrange(self:Explorer):
+    "Put the images into another order, and begin with the first."
+    self.sort()
+    self.place(0)
+    self.judge()
 
-    def arrange(self):
-        "Put the images into another order, and begin with the first."
-        self.sort()
-        self.place(0)
-        self.judge()
+@patch
+def judge(self:Explorer):
+    "Show all that depends on the threshold."
+    shown = self.shown
+    p = self.p
+    self.found = outcomes(shown.scores, shown.labels, p['threshold'].value)
+    counts = tally(self.found)
+    p['counts'].value = counts_html(counts)
+    if self.curve: p['roc'].value = roc_svg(self.curve, roc_point(counts), self.area)
+    self.follow()
+    self.look()
 
-    def judge(self):
-        "Show all that depends on the threshold."
-        shown = self.shown
-        p = self.p
-        self.found = outcomes(shown.scores, shown.labels, p['threshold'].value)
-        counts = tally(self.found)
-        p['counts'].value = counts_html(counts)
-        if self.curve: p['roc'].value = roc_svg(self.curve, roc_point(counts), self.area)
-        self.follow()
-        self.look()
+@patch
+def look(self:Explorer):
+    "Show all that depends on the image."
+    if self.moving: return
+    shown = self.shown
+    p = self.p
+    i = self.image
+    strip, self.places = filmstrip(shown, self.order, p['at'].value, self.found)
+    p['strip'].show(strip, 'images in order')
+    p['scores'].value = scores_svg(shown, p['threshold'].value, i)
+    p['title'].value = self.title()
+    self.draw()
 
-    def look(self):
-        "Show all that depends on the image."
-        if self.moving: return
-        shown = self.shown
-        p = self.p
-        i = self.image
-        strip, self.places = filmstrip(shown, self.order, p['at'].value, self.found)
-        p['strip'].show(strip, 'images in order')
-        p['scores'].value = scores_svg(shown, p['threshold'].value, i)
-        p['title'].value = self.title()
-        self.draw()
+# %% ../nbs/11_looking.ipynb #b7cd91c6
+@patch
+def listen(self:Explorer):
+    "Answer to the controls."
+    p = self.p
+    on_change([p['threshold']], self.judge)
+    on_change([p['opacity'], p['mask']], self.draw)
+    on_change([p['at']], self.look)
+    on_change([p['order']], self.arrange)
+    p['back'] = button('reset threshold', lambda: p['threshold'].set_trait('value', self.start))
+    p['strip'].on_click(self.pick)
+    def walk(key): self.step(1 if key == 'ArrowRight' else -1)
+    for o in ('strip', 'picture'): p[o].on_key(walk)
 
 # %% ../nbs/11_looking.ipynb #c8416a60
 def explorer(
@@ -252,37 +272,50 @@ class Asked(WhyParts):
         "Tell which patch is asked about."
         return self.row.value, self.col.value
 
-    def open(self):
-        "Take another image, and begin with its strangest patch."
-        i = self.image.value
-        prediction = self.shown.prediction
-        self.patches = embedded(self.model, prediction, i)
-        self.grid = prediction.patch_scores[i]
-        self.title.value = score_said(self.shown, i)
-        self.strangest(anew=True)
-
-    def strangest(self, anew:bool=False):
-        "Ask of the patch with the highest score."
-        highest = int(self.grid.argmax())
-        w = self.grid.shape[1]
-        row, col = divmod(highest, w)
-        self.go(row, col, anew)
-
-    def step(self, key:str):
-        "Go to the patch beside this one."
-        down, right = STEPS[key]
-        self.go(self.row.value+down, self.col.value+right)
-
-    def go(self, row:int, col:int, anew:bool=False):
-        "Ask of another patch; of the same one only if its image is another."
-        was = self.place
-        self.moving = True
-        self.row.value = min(max(0, row), self.row.max)
-        self.col.value = min(max(0, col), self.col.max)
-        self.moving = False
-        if anew or was != self.place: self.tell()
-
     def tell(self): "Show why; `Why` does."
+
+# %% ../nbs/11_looking.ipynb #b040d52f
+@patch
+def open(self:Asked):
+    "Take another image, and begin with its strangest patch."
+    i = self.image.value
+    prediction = self.shown.prediction
+    self.patches = embedded(self.model, prediction, i)
+    self.grid = prediction.patch_scores[i]
+    self.title.value = score_said(self.shown, i)
+    self.strangest(anew=True)
+
+# %% ../nbs/11_looking.ipynb #56d54fc6
+@patch
+def strangest(self:Asked,
+    anew:bool=False, # tell also of the patch that was told of?
+):
+    "Ask of the patch with the highest score."
+    highest = int(self.grid.argmax())
+    w = self.grid.shape[1]
+    row, col = divmod(highest, w)
+    self.go(row, col, anew)
+
+@patch
+def step(self:Asked,
+    key:str, # in `STEPS`
+):
+    "Go to the patch beside this one."
+    down, right = STEPS[key]
+    self.go(self.row.value+down, self.col.value+right)
+
+@patch
+def go(self:Asked,
+    row:int, col:int, # of the patch; beyond the border is at it
+    anew:bool=False,  # tell also of the patch that was told of?
+):
+    "Ask of another patch; of the same one only if its image is another."
+    was = self.place
+    self.moving = True
+    self.row.value = min(max(0, row), self.row.max)
+    self.col.value = min(max(0, col), self.col.max)
+    self.moving = False
+    if anew or was != self.place: self.tell()
 
 # %% ../nbs/11_looking.ipynb #42699d85
 class Why(Asked):

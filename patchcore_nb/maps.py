@@ -29,6 +29,13 @@ class Lattice(NamedTuple):
         return (self.patchsize-1)//2
 
     @property
+    def grid(self)->tuple[int,int]: # (h, w)
+        "How many patches there are, down and across."
+        beyond = 2*self.before-self.patchsize # cells of padding less those of a patch
+        h, w = ((o+beyond)//self.stride+1 for o in self.cells)
+        return h, w
+
+    @property
     def first(self)->float: # cells
         "Where the middle of the first patch lies."
         return (self.patchsize-1)/2-self.before
@@ -65,12 +72,11 @@ def map_matrix(
 # %% ../nbs/05_maps.ipynb #1cd77783
 def axes_of(
     lattice:Lattice,
-    grid:tuple[int,int], # (h, w) patches
     size:tuple[int,int], # (H, W) pixels
 )->list[Axis]: # down and across
     "Part a lattice into its rows and its columns."
     rest = lattice.first, lattice.stride
-    return [Axis(n, pixels, cells, *rest) for n, pixels, cells in zip(grid, size, lattice.cells)]
+    return [Axis(n, pixels, cells, *rest) for n, pixels, cells in zip(lattice.grid, size, lattice.cells)]
 
 @full_precision()
 def make_maps(
@@ -83,7 +89,9 @@ def make_maps(
     "Scale patch scores to the size of the image and soften them."
     if getattr(patch_scores, 'ndim', 0) != 3: raise ArgumentError(f'patch_scores must be (B, h, w), got {in_short(getattr(patch_scores, "shape", patch_scores))}: pass patch_scores[None] for one image')
     grid = tuple(patch_scores.shape[1:])
-    axes = axes_of(lattice or Lattice(grid), grid, size)
+    lattice = lattice or Lattice(grid)
+    if grid != lattice.grid: raise ArgumentError('patch_scores must be of the {} x {} patches of their lattice, got {} x {}: pass the lattice that they lie on'.format(*lattice.grid, *grid))
+    axes = axes_of(lattice, size)
     h, w = (map_matrix(axis, float(sigma))[:kept].to(patch_scores.device)
             for axis, kept in zip(axes, keep or size))
     return h @ patch_scores @ w.T

@@ -25,6 +25,7 @@ from .embedder import Embedder, build_aggregator
 from .evaluation import auroc
 from .every_size import *
 from .items import as_items
+from .maps import Lattice
 from .names import PATCH_SCORES
 from .patchcore import PatchCore
 from .prediction import Prediction
@@ -135,7 +136,7 @@ def joiner(
     maps:Maps,              # as `feature_maps` returns them
     layers:tuple[str,...],  # some of `lab.layers`, the finest first
     patchsize:int,          # cells
-)->tuple[Callable,tuple[int,int]]: # layer -> (B, C, h, w) to (B*h*w, D); the grid (h, w)
+)->tuple[Callable,tuple[int,int],Lattice]: # layer -> (B, C, h, w) to (B*h*w, D); the grid (h, w); where its patches lie
     "Make a function that joins layers to embeddings."
     more = tuple(lab.model.more_patchsizes)
     what = replace(maps.embedder.what, layers=layers, patchsize=patchsize, more_patchsizes=more)
@@ -146,7 +147,8 @@ def joiner(
         patches = aggregator({o: batch[o] for o in layers})
         rows = rearrange(patches, 'b h w d -> (b h w) d')
         return torch.nn.functional.normalize(rows, dim=-1) if what.unit else rows.contiguous()
-    return join, aggregator.grid(*shapes[0][1:])
+    cells = shapes[0][1:]
+    return join, aggregator.grid(*cells), Lattice(cells, patchsize, what.stride)
 
 # %% ../nbs/10b_playground.ipynb #4887ae55
 class Near(NamedTuple):
@@ -155,6 +157,7 @@ class Near(NamedTuple):
     dists:Sequence[Tensor] # for each batch (B*h*w, k) squared distances, ascending
     idxs:Sequence[Tensor] # for each batch (B*h*w, k) rows of the memory bank
     grid:tuple[int,int]  # (h, w)
+    lattice:Lattice      # where the patches lie
     neighbours:Neighbours # the memory bank and its search
 
 def look_up(
@@ -165,7 +168,7 @@ def look_up(
 )->Near:
     "Embed, remember a coreset, and find the neighbours of all test patches."
     model = lab.model
-    join, grid = joiner(lab, maps, layers, patchsize)
+    join, grid, lattice = joiner(lab, maps, layers, patchsize)
     with torch.inference_mode():
         rows = torch.cat(list(map(join, maps.train)))
         picks = coreset(rows, model.ratio, model.sampler, maps.embedder.what.own_seed)
@@ -174,7 +177,7 @@ def look_up(
         search = Exact().fit(memory_bank)
         k = min(lab.most_k, len(memory_bank))
         dists, idxs = zip(*(search(o, k) for o in queries))
-    return Near(queries, dists, idxs, grid, Neighbours(memory_bank, search))
+    return Near(queries, dists, idxs, grid, lattice, Neighbours(memory_bank, search))
 
 # %% ../nbs/10b_playground.ipynb #03d085a4
 def neighbours(
@@ -245,7 +248,7 @@ def judge_setting(
     asked = setting._replace(smoothing=0.) # which changes no score
     image_scores, patch_scores = lab.keep('scores', asked, lambda: scores_of(rule, near))
     embedder = feature_maps(lab, setting.backbone).embedder
-    maps = embedder.maps(patch_scores, setting.smoothing)
+    maps = embedder.maps(patch_scores, setting.smoothing, near.lattice)
     first = torch.cat([o[:, 0] for o in near.idxs]) # (B*h*w,)
     nn_idxs = first.view(-1, *near.grid).cpu() # (B, h, w)
     found = Prediction(as_items(lab.test), image_scores, maps, patch_scores, nn_idxs, embedder.preprocess_)
