@@ -23,7 +23,6 @@ TENSOR_FILE, PICKLE = '.safetensors', '.pkl'
 
 def make_models(home):
     "One model of each group, and what it makes of some images."
-    import encodings.raw_unicode_escape, timm # which are otherwise imported when a file asks for them
     import numpy as np
     import torch
     from patchcore_nb import PatchCore
