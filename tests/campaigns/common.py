@@ -40,7 +40,7 @@ class Watch:
     def __call__(self, event, args):
         if not self.on: return
         if event in EXECUTES: self.seen.append(f'{event} {str(args)[:80]}')
-        if event == 'open' and len(args) > 1 and set(str(args[1] or '')) & set('wax+'): self.seen.append(f'open {args[:2]}'[:120])
+        if EXECUTES and event == 'open' and len(args) > 1 and set(str(args[1] or '')) & set('wax+'): self.seen.append(f'open {args[:2]}'[:120])
 
 def memory(key):
     "A figure of this process in bytes: VmRSS, what it holds now, or VmHWM, the most that it held."
@@ -136,7 +136,7 @@ def tell(name, counts, bad, took, asked):
     for o in bad[:40]: print('  ', o)
     if not asked.dry:
         RESULTS.mkdir(exist_ok=True)
-        found = dict(command=f'python tests/campaigns/{name}.py --n {asked.n} --seed {asked.seed}', date=time.strftime('%Y-%m-%d'), figures=figures, did_not_hold=bad)
+        found = dict(command=' '.join([f'python tests/campaigns/{name}.py', *sys.argv[1:]]), date=time.strftime('%Y-%m-%d'), figures=figures, did_not_hold=bad)
         (RESULTS/f'{name}.json').write_text(json.dumps(found, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
     return bool(bad)
 
