@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'REPORT', 'KIND_COLUMNS', 'Outputs', 'Run', 'fit_category', 'search_recall', 'predict_category',
            'find_suspects', 'report_category', 'fit_stages', 'one_category', 'write_section', 'write_report',
-           'report_head', 'check_test', 'check_run', 'run', 'run_all', 'reseeded', 'write_seeds', 'check_seeds',
-           'run_seeds', 'check_saved', 'judge_saved']
+           'report_head', 'check_test', 'check_run', 'run', 'outputs_of', 'is_lost', 'check_outputs', 'run_all',
+           'check_saved', 'judge_into', 'judge_saved']
 
 # %% ../nbs/10_run.ipynb #073f0dfe
 import json, sys, time, warnings
@@ -21,14 +21,16 @@ from .budget import stage
 from .core import *
 from .data import Category, check_category
 from .ensemble import Ensemble
-from .intervals import over_seeds
 from .judging import Trial
+from .locks import Lock
 from .model_files import versions
 from .prediction import Detector
 from .report import render, section, texts
-from .results import (
-    INTERVALS, KINDS, METRICS, add_rows, find_unfinished, run_folder, save_pictures, settings_of, with_mean,
-    write_json, write_results, write_scores, write_state, write_table, write_tables)
+from patchcore_nb.results import (
+    INTERVALS, KINDS, METRICS, add_rows, picture_name, save_pictures, with_mean, write_scores, write_table,
+    write_tables)
+from .resume import (
+    Asked, asked_of, inputs_of, run_folder, settings_of, state_of, write_inputs, write_json, write_state)
 from .store import formats_for, save
 
 # %% ../nbs/10_run.ipynb #cecc4a6d
@@ -220,7 +222,7 @@ def run(
     save_model:bool=False,         # save models?
     pictures:bool=False,           # save pictures?
     model_format:str='both',       # "both", "ours" or "reference"
-    resume:bool=False,             # go on with an unfinished run of the same settings?
+    resume:bool|str=False,         # go on with an unfinished run of the same settings? "anyway": also if something has changed since
     report:bool=True,              # write report.html?
     lang:str='en',                 # of the report: a name in `report.TEXTS`
     command:str='',                # of the report: what was typed
@@ -232,94 +234,69 @@ def run(
     checked = check_run(model, categories)
     if said: warnings.warn(said)
     wanted = dict(save_model=save_model, pictures=pictures, model_format=model_format)
-    settings = settings_of(model, categories, **wanted)
-    found = find_unfinished(results, project, group, settings) if resume else None
-    folder, done = found or (run_folder(results, project, group), pd.DataFrame())
-    write_state(folder, settings, done, complete=False)
-    with warnings.catch_warnings():
+    asked = asked_of(checked, categories, **wanted)
+    with run_folder(results, project, group, asked, resume) as (folder, done), warnings.catch_warnings():
         if said: warnings.filterwarnings('ignore', message='the reference.s files cannot express')
-        report = run_all(checked, categories, folder, done, outputs, settings)
+        report = run_all(checked, folder, asked, done, outputs)
     return Run(folder, with_mean(report), len(done))
 
 # %% ../nbs/10_run.ipynb #b6d84af7
+def outputs_of(
+    category:Category,
+    folder:Path, # of the run
+    outputs:Outputs,
+)->list[Path]: # files and folders
+    "List what a category must have left, beside its rows in tables."
+    found = [folder/'scores'/f'{category.key}.csv']
+    if outputs.save_model: found.append(folder/'models'/category.key)
+    if outputs.pictures:
+        pictures = folder/'segmentation_images'/category.key
+        found += [pictures/picture_name(o.path) for o in category.test]
+    return found
+
+def is_lost(
+    path:Path, # of a file or folder
+)->bool:
+    "Tell whether something is gone; a folder is gone if nothing is in it."
+    return not path.exists() or path.is_dir() and not any(path.iterdir())
+
+def check_outputs(
+    folder:Path, # of the run
+    asked:Asked,
+    report:pd.DataFrame, # a row per category
+    outputs:Outputs,
+):
+    "Refuse a run of which something is missing; what it was of counts as not done."
+    lost = {o.key: [p for p in outputs_of(o, folder, outputs) if is_lost(p)] for o in asked.categories}
+    missing = [p for some in lost.values() for p in some]
+    if not missing: return
+    kept = report.drop([k for k, some in lost.items() if some])
+    write_json(state_of(asked, kept, complete=False), folder)
+    shown = ', '.join(map(str, missing[:3]))+(f' and {len(missing)-3} more' if len(missing) > 3 else '')
+    raise DataError(f'{shown} are missing: somebody has removed them while the run was at work; its tables are in {folder}, and resume=True makes the rest again')
+
+# %% ../nbs/10_run.ipynb #3bc41af0
 def run_all(
     model:Detector, # checked
-    categories:Sequence[Category],
     folder:Path,    # of the run
+    asked:Asked,
     done:pd.DataFrame, # what was done before, a row per category
     outputs:Outputs,
-    settings:dict,  # as `settings_of`
 )->pd.DataFrame: # a row per category
     "Do the categories that are not done, one after the other."
-    for o in categories:
+    write_state(folder, asked, done, complete=False)
+    for o in asked.categories:
         if o.key in done.index: continue
+        inputs = inputs_of(o)
         metrics = one_category(model.fresh(), o, folder, outputs)
+        write_inputs(folder, o.key, inputs)
         done = pd.concat([done, pd.DataFrame(metrics, [o.key])])
         if outputs.report:
-            head = report_head(model, settings, outputs.command)
+            head = report_head(model, asked.settings, outputs.command)
             write_report(folder, list(done.index), outputs.lang, **head)
-        write_state(folder, settings, done, complete=len(done) == len(categories))
+        write_state(folder, asked, done, complete=len(done) == len(asked.categories))
+    check_outputs(folder, asked, done, outputs)
     return done
-
-# %% ../nbs/10_run.ipynb #1a0bc844
-def reseeded(
-    model:Detector, # not changed
-    seed:int,       # any integer that is not negative
-)->Detector: # not fitted
-    "Make the same model with another seed."
-    new = model.fresh()
-    for o in new.members: o.set_params(seed=seed)
-    return new
-
-def write_seeds(
-    folder:Path,       # of the run
-    settings:dict,     # as `settings_of`
-    done:pd.DataFrame, # a row per seed and category; the seed is a column
-    seeds:Sequence[int], # that were asked for
-)->pd.DataFrame: # mean and deviation of each metric
-    "Write what is known of the seeds so far."
-    reports = [with_mean(o.drop(columns='seed')) for _, o in done.groupby('seed', sort=False)]
-    table = over_seeds(reports)
-    flat = pd.concat([o.assign(seed=s) for s, o in zip(done.seed.unique(), reports)])
-    write_table(flat[['seed', *flat.columns.drop('seed')]], folder/'seeds.csv', index_label='category')
-    write_table(table, folder/METRICS, index_label='category')
-    write_results(table, folder/'results.csv')
-    rows = done.set_axis([f'{s}/{k}' for s, k in zip(done.seed, done.index)])
-    complete = done.seed.nunique() == len(seeds)
-    write_json(dict(settings=settings, complete=complete, metrics=rows.to_dict('index')), folder)
-    return table
-
-# %% ../nbs/10_run.ipynb #54a027e1
-def check_seeds(seeds:Sequence[int]):
-    "Refuse seeds that are too few, or twice the same."
-    if len(seeds) < 2 or len(set(seeds)) < len(seeds): raise ArgumentError(f'seeds must be two or more, no two alike, got {list(seeds)}: call run for a single one')
-
-def run_seeds(
-    model:Detector,            # its arguments but for the seed
-    find:Callable,             # seed -> categories, since the seed may also split the data
-    seeds:Sequence[int],       # at least two, no two alike
-    results:str|Path,          # RESULTS_PATH
-    project:str='project',     # LOG_PROJECT
-    group:str='group',         # LOG_GROUP
-    resume:bool=False,         # go on with an unfinished run of the same settings?
-    **outputs                  # further arguments of `run`
-)->Run: # its report holds means, and deviations in columns that end in _std
-    "Run with each seed."
-    check_seeds(seeds)
-    asked = {k: v for k, v in outputs.items() if k not in ('report', 'lang', 'command')}
-    settings = settings_of(model, find(seeds[0]), seeds=list(seeds), **asked)
-    found = find_unfinished(results, project, group, settings) if resume else None
-    folder, done = found or (run_folder(results, project, group), pd.DataFrame(columns=['seed']))
-    done = done.set_axis([o.partition('/')[2] for o in done.index]) if len(done) else done
-    before, home = len(done), Path(results)/project
-    if not before: write_state(folder, settings, pd.DataFrame(), False)
-    for s in seeds:
-        if s in set(done.seed): continue
-        one = run(reseeded(model, s), find(s), home, folder.name, f'seed_{s}', resume=resume, **outputs)
-        new = one.report.drop('Mean').assign(seed=s)
-        done = pd.concat([done, new]) if len(done) else new
-        table = write_seeds(folder, settings, done, seeds)
-    return Run(folder, table, before)
 
 # %% ../nbs/10_run.ipynb #af0ab993
 def check_saved(
@@ -332,10 +309,31 @@ def check_saved(
         check_test(o)
         check_category(Category(**vars(o)|dict(train=[], calibration=[])))
 
+def judge_into(
+    models:Sequence[Callable], # as for `judge_saved`
+    categories:Sequence[Category],
+    folder:Path,               # held by the caller
+    pictures:Callable|None,    # category -> folder of its pictures; None: no pictures
+    outputs:Outputs,
+)->Run:
+    "Judge saved models in a folder that is held."
+    done, searches = pd.DataFrame(), {}
+    for name in (INTERVALS, KINDS): (folder/name).unlink(missing_ok=True) # tables of an earlier evaluation
+    for i, o in enumerate(categories):
+        if i < len(models): model = models[i]()
+        metrics = report_category(model, o, folder, pictures and pictures(o), outputs, [])
+        searches |= {m.search: None for m in model.members if m.search != 'exact'}
+        done = pd.concat([done, pd.DataFrame(metrics, [o.key])])
+        write_tables(folder, done)
+        if outputs.report:
+            head = report_head(model, settings_of(model, categories), outputs.command)
+            write_report(folder, list(done.index), outputs.lang, **head)
+    return Run(folder, with_mean(done), 0, tuple(searches))
+
 def judge_saved(
     models:Sequence[Callable],     # functions without arguments that load a model: one for all categories, or one for each
     categories:Sequence[Category], # what to judge them on, in order
-    folder:str|Path,               # where results.csv, metrics.csv and scores/ go
+    folder:str|Path,               # where results.csv, metrics.csv and scores/ go; held meanwhile
     pictures:Callable|None=None,   # category -> folder of its pictures; None: no pictures
     report:bool=True,              # write report.html?
     lang:str='en',                 # of the report: a name in `report.TEXTS`
@@ -344,22 +342,12 @@ def judge_saved(
     "Judge saved models on test sets; their training images are not looked at."
     texts(lang)
     check_saved(models, categories)
-    folder, done, searches = make_folder(folder), pd.DataFrame(), {}
-    for i, o in enumerate(categories):
-        if i < len(models): model = models[i]()
-        if not i: # tables of an earlier evaluation
-            for name in (INTERVALS, KINDS): (folder/name).unlink(missing_ok=True)
-        metrics = report_category(model, o, folder, pictures and pictures(o), Outputs(report=report), [])
-        searches |= {m.search: None for m in model.members if m.search != 'exact'}
-        done = pd.concat([done, pd.DataFrame(metrics, [o.key])])
-        write_tables(folder, done)
-        if report:
-            head = report_head(model, settings_of(model, categories), command)
-            write_report(folder, list(done.index), lang, **head)
-    return Run(folder, with_mean(done), 0, tuple(searches))
+    outputs = Outputs(report=report, lang=lang, command=command)
+    folder = make_folder(folder)
+    with Lock(folder): return judge_into(models, categories, folder, pictures, outputs)
 
 # %% ../nbs/10_run.ipynb #94ed928a
 __getattr__ = renamed(__name__,
-    judge='judging.judge', CHUNK='judging.CHUNK', Pixels='judging.Pixels', read_pixels='judging.read_pixels',
+    run_seeds='seeds.run_seeds', judge='judging.judge', CHUNK='judging.CHUNK', Pixels='judging.Pixels', read_pixels='judging.read_pixels',
     at_threshold='judging.at_threshold', Nested='nested_search.Nested', sweep='sweeping.sweep',
     **{o: f'results.{o}' for o in ('REFERENCE_COLUMNS', 'SETTINGS', 'JPEG', 'picture_name')})
