@@ -57,6 +57,8 @@ def typed_value(
     "Write `argument=value` as it is typed."
     flag = spelling(option)
     if value == 'True': return flag
+    if value == 'False': return f'no {flag}'
+    if option.is_flag: return flag+'_'+value.strip('\'"') # a flag of another word: --resume_anyway
     if value == 'None':
         word = NONE.get(argument, 'none')
         return word if word.startswith('-') else f'{flag} {word}'
@@ -186,7 +188,7 @@ def sleep_early():
     if not is_said and 'torch' not in sys.modules: os.environ['GOMP_SPINCOUNT'] = str(SPINS)
 
 # %% ../nbs/12_answers.ipynb #4e4ae100
-ENDING = 'SIGTERM', 'SIGHUP' # as far as the system knows them
+ENDING = 'SIGINT', 'SIGTERM', 'SIGHUP' # as far as the system knows them
 
 class Ended(KeyboardInterrupt):
     "A signal that asks the process to end."
@@ -207,7 +209,7 @@ def set_aside(
 
 @contextlib.contextmanager
 def signals_raised():
-    "Raise the signals that ask a process to end, as Ctrl-C is raised; only its main thread can."
+    "Raise the signals that ask a process to end; only its main thread can."
     is_main = threading.current_thread() is threading.main_thread()
     numbers = [getattr(signal, o) for o in ENDING if is_main and hasattr(signal, o)]
     before = {o: signal.signal(o, end) for o in numbers if not set_aside(o)}
@@ -262,5 +264,6 @@ def speak(
     warnings.showwarning = print_in_flags
     try:
         with signals_raised(): status = status_of(command, name, typed, interrupted)
+    except KeyboardInterrupt as e: status = signal_status(e) # once more, while the answer was given
     finally: warnings.showwarning = show
     sys.exit(status)

@@ -18,7 +18,7 @@ from .cache import digest_image
 from .core import *
 from .data import hold_out
 from .embedder import with_turns
-from .embedding import Compute, differences
+from .embedding import Compute, by_own_threads, differences
 from .fitting import Fitted, check_kept, find_calibration, make_scorer, memory_load, plan_for
 from .items import as_items
 from .left_out import LeftOut, judge_left_out
@@ -66,6 +66,7 @@ def held_with(
     return [] if gone else [*(fitted.held or []), *more]
 
 @usual_torch()
+@by_own_threads
 def learn_more(
     fitted:Fitted,
     items:Sequence,    # more good images
@@ -196,6 +197,7 @@ def look_back(
     patches = [p.flatten(0, 1).cpu() for batch in batches for p in batch]
     return judge_left_out(fitted.bank, fitted.scorer, torch.tensor(numbers), patches, embedder.grid_)
 
+@by_own_threads
 def with_left_out(
     fitted:Fitted,
     images=None, # whatever `as_items` takes of those that were remembered; None: what is known will do

@@ -18,7 +18,8 @@ from .answers import *
 from .arguments import *
 from .base import *
 from .choices import *
-from .choices import CACHE, GPU, LANG, NO_REPORT, PICTURES, dataset, patch_core, patch_core_loader, sampler
+from .choices import (
+    CACHE, GPU, LANG, NO_REPORT, NUM_THREADS, PICTURES, dataset, patch_core, patch_core_loader, sampler)
 from .names import PRESETS
 
 # %% ../nbs/12_cli.ipynb #c306a61e
@@ -36,7 +37,9 @@ MODEL_FORMATS = 'both', 'ours', 'reference'
 @click.option('--model_format', type=click.Choice(MODEL_FORMATS), default='both', show_default=True, help="Save models as ours (safetensors and JSON), as the reference's two files, or both.")
 @NO_REPORT
 @LANG
-@click.option('--resume', is_flag=True, help='Go on with the newest unfinished run of this group that asked for the same.')
+@click.option('--resume', is_flag=True, help='Go on with the newest unfinished run of this group that asked for the same; refused, if something that its results depend on has changed since.')
+@click.option('--resume_anyway', is_flag=True, help='Go on with it all the same.')
+@NUM_THREADS
 @click.option('--memory_budget', default=None, help='Memory that may be taken: bytes, 600MB, 2GB; what is free if not given. Over it, patch embeddings go to a file in the results folder.')
 @CACHE
 def cli(**kw):
@@ -141,7 +144,8 @@ def output_arguments(
 )->dict: # arguments of `run`
     "Say what the flags ask to be written."
     written = dict(save_model=group['save_patchcore_model'], pictures=group['save_segmentation_images'])
-    same = {o: group[o] for o in ('model_format', 'resume')}
+    resume = 'anyway' if group['resume_anyway'] else group['resume']
+    same = dict(model_format=group['model_format'], resume=resume)
     return written | same | report_arguments(group)
 
 def check_seeds(
@@ -186,7 +190,8 @@ def fit_and_judge(
     group:dict, # flags of the command itself, which is running
 ):
     "Fit a model to each category, judge it, and show the results."
-    from patchcore_nb.experiment import run, run_seeds
+    from patchcore_nb.experiment import run
+    from patchcore_nb.seeds import run_seeds
     core = flags['patch_core']
     data = flags['dataset']
     model = checked_model(flags, group)
@@ -200,15 +205,16 @@ def fit_and_judge(
     click.echo(show_run(done, group, core['search']))
 
 # %% ../nbs/12_cli.ipynb #ac07e6f4
-ONLY_FITTING = 'preset', 'save_patchcore_model', 'resume', 'memory_budget', 'model_format' # flags of the command itself
+ONLY_FITTING = ( # flags of the command itself
+    'preset', 'save_patchcore_model', 'resume', 'resume_anyway', 'memory_budget', 'model_format')
 
 def judge_models(
     flags:dict, # part of the command line -> its flags
     group:dict, # flags of the command itself, which is running
 ):
     "Judge saved models in a folder of their own, like a run, and show the results."
-    from patchcore_nb.experiment import judge_saved
-    from patchcore_nb.results import run_folder
+    from patchcore_nb.experiment import Outputs, check_saved, judge_into
+    from patchcore_nb.resume import new_folder
     loader = flags['patch_core_loader']
     data = flags['dataset']
     refuse(group, ONLY_FITTING, 'is for fitting, and saved models are fitted')
@@ -217,9 +223,12 @@ def judge_models(
     check_folders(loader)
     categories = find_categories(group['seed'][0], data, need_train=False)
     models = saved_models(group, loader, data, categories)
-    folder = run_folder(group['results_path'], group['log_project'], group['log_group'])
-    pictures = (lambda o: folder/'segmentation_images'/o.key) if group['save_segmentation_images'] else None
-    done = judge_saved(models, categories, folder, pictures, **report_arguments(group))
+    check_saved(models, categories)
+    outputs = Outputs(**report_arguments(group))
+    where = group['results_path'], group['log_project'], group['log_group']
+    with new_folder(*where) as folder:
+        pictures = (lambda o: folder/'segmentation_images'/o.key) if group['save_segmentation_images'] else None
+        done = judge_into(models, categories, folder, pictures, outputs)
     click.echo(show_run(done, group))
 
 # %% ../nbs/12_cli.ipynb #ef63bd4a

@@ -113,11 +113,11 @@ def report_category(
     stages:list,    # what the steps of the fit took
 )->dict[str,float]: # name -> metric
     "Predict and judge a category; write all that is wanted of it but the model."
-    log = []
-    trial = predict_category(model, category, folder, log)
+    how, log = model.members[0].compute, []
+    with limit_threads(how.num_threads): trial = predict_category(model, category, folder, log)
     show = model.members[0].show
     if pictures:
-        with stage(log, 'pictures'): save_pictures(trial.prediction, category.test, pictures, show)
+        with stage(log, 'pictures'): save_pictures(trial.prediction, category.test, pictures, how.show, how.num_threads)
     suspects = find_suspects(model, category)
     if suspects is not None:
         write_table(suspects, make_folder(folder/'suspects')/f'{category.key}.csv', index=False)

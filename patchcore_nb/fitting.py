@@ -21,7 +21,7 @@ from .budget import Load, Plan, free_memory, make_plan, parse_size, release, sta
 from .core import *
 from .data import TURNS, check_split, hold_out
 from .embedder import Embedder, with_turns
-from .embedding import check_count
+from .embedding import by_own_threads, check_count
 from .left_out import LeftOut, leave_out, strangeness, take_rows
 from .memory_bank import MemoryBank, digest_images, make_bank
 from .names import SEARCHES
@@ -179,6 +179,7 @@ class Learned(NamedTuple):
     rows:Tensor       # (N, D) all patches
     held:list         # images that were held out
 
+@by_own_threads
 def learn(
     embedder:Embedder, # not calibrated
     recipe:Recipe,
@@ -282,6 +283,7 @@ def judge_without(
     return leave_out(bank, scorer, learned.rows.split(recipe.views*math.prod(grid)), grid)
 
 @usual_torch()
+@by_own_threads
 def fit_parts(
     embedder:Embedder, # not calibrated
     recipe:Recipe,

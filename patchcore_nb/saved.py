@@ -17,9 +17,9 @@ import click
 from .answers import speak
 from .arguments import check_folders, find_categories, saved_models
 from .base import *
-from .choices import HELP, Parts, Size, check_parts, refuse, without
+from .choices import HELP, Parts, Size, check_parts, is_typed, refuse, without
 from .choices import (
-    CACHE, GPU, LANG, NO_REPORT, PICTURES, PLACE, SAVED_SEARCH, WEIGHTS_DIR, dataset, patch_core_loader)
+    CACHE, GPU, LANG, NO_REPORT, NUM_THREADS, PICTURES, PLACE, SAVED_SEARCH, WEIGHTS_DIR, dataset, patch_core_loader)
 from .cli import report_arguments, show_run
 
 # %% ../nbs/12a_saved.ipynb #a323a705
@@ -44,6 +44,7 @@ def picture_folders(
 @NO_REPORT
 @LANG
 @CACHE
+@NUM_THREADS
 def evaluate_cli(**kw):
     "Judge saved models on test sets: RESULTS_PATH patch_core_loader [...] dataset [...]"
 
@@ -287,21 +288,24 @@ def summary(
 @click.option('--maps', type=click.Choice(MAPS), default='png', show_default=True, help='Maps at the size of each image: overlay (png), float32 (tiff), both, or none.')
 @click.option('--gpu', 'device', type=int, default=0, show_default=True, help='Index of the GPU; -1 forces the CPU.')
 @click.option('--batch_size', type=click.IntRange(1), default=8, show_default=True, help='Images at a time.')
-@click.option('--num_workers', type=click.IntRange(0), default=2, show_default=True, help='Threads that read images ahead.')
+@click.option('--num_workers', type=click.IntRange(0), default=2, show_default=True, help='Threads that read images ahead; if not given, at most --num_threads.')
+@NUM_THREADS
 @click.option('--resize', type=Size(), default=None, help="Shorter side of the scaled image, pixels, or height x width; the model's own if not given.")
 @click.option('--imagesize', type=Size(), default=None, help="Side of the square cut from its middle, pixels, or height x width; the model's own if not given.")
 @SAVED_SEARCH
 @WEIGHTS_DIR
 def predict_cli(model, images, output, kind, maps, **how):
     "Score images by a saved MODEL: files, or folders of images."
-    from patchcore_nb.core import progress
+    from patchcore_nb.core import limit_threads, progress
     from patchcore_nb.store import load
     items = find_images(images)
     folder = Path(output)
     check_written(items, folder, maps, [folder/'scores.csv', folder/'scores.json'])
+    most = how['num_threads']
+    if most and not is_typed(click.get_current_context(), 'num_workers'): how['num_workers'] = min(how['num_workers'], most)
     loaded = load(model, **how)
     found = predict_files(loaded, items, folder, maps)
-    with progress(found, 'scoring', len(items), True) as bar: rows = list(bar)
+    with limit_threads(most), progress(found, 'scoring', len(items), True) as bar: rows = list(bar)
     written = write_predictions(rows, folder, loaded.calibration_, kind)
     if maps != 'none': written.append(folder/'maps')
     click.echo(summary(rows, loaded.threshold_, written))
