@@ -127,14 +127,16 @@ class Lock:
 
     def take(self)->'Lock': # itself
         "Take the folder, or say who has it."
-        owner = this_process()
-        text = json.dumps(asdict(owner))+'\n'
-        for _ in range(TRIES):
-            if create(self.path, text): break
-            clear_way(self.path)
-        else: raise DataError(f'{self.path} changes hands all the time: try again later')
-        self.owner = owner
-        return self
+        self.owner = this_process()
+        text = json.dumps(asdict(self.owner))+'\n'
+        try:
+            for _ in range(TRIES):
+                if create(self.path, text): return self
+                clear_way(self.path)
+        except BaseException: # Ctrl-C among them, which may come when the lock is there already
+            self.release()
+            raise
+        raise DataError(f'{self.path} changes hands all the time: try again later')
 
     def release(self):
         "Give the folder back, if it is ours."

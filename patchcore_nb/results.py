@@ -140,4 +140,5 @@ def save_pictures(
 
 # %% ../nbs/10_results.ipynb #4b6e9fca
 __getattr__ = renamed(__name__, **{o: f'resume.{o}' for o in (
-    'group_names', 'check_inside', 'digest_category', 'plain_params', 'settings_of', 'write_json', 'read_state')})
+    'group_names', 'check_inside', 'digest_category', 'plain_params', 'settings_of', 'write_json', 'write_state',
+    'read_state', 'find_unfinished')}, run_folder='resume.new_folder')

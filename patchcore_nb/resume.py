@@ -73,7 +73,7 @@ def put_in_place(
         with contextlib.suppress(OSError): (home/name).rmdir() # which only removes an empty one
         try: return temp.rename(home/name)
         except OSError as e:
-            if not (home/name).exists(): raise disk_error(home/name, e) from None
+            if not os.path.lexists(home/name): raise disk_error(home/name, e) from None
 
 @contextlib.contextmanager
 def new_folder(

@@ -71,7 +71,7 @@ def command(root, *words): return [*words, '--gpu', '-1', '--no_report', '--log_
 def call(words, capfd):
     "Status and lines of the command line."
     with pytest.raises(SystemExit) as e: main([*map(str, words)])
-    return e.value.code, [o for o in capfd.readouterr().err.replace('\r', '\n').splitlines() if o.startswith(('error', 'warning'))]
+    return e.value.code, [o for o in capfd.readouterr().err.replace('\r', '\n').splitlines() if 'error: ' in o or 'warning: ' in o] # after a progress bar perhaps
 
 
 # One process to a folder
@@ -305,7 +305,7 @@ def test_a_full_cache_is_said_once_and_gone_without(tmp_path, capfd):
     try: status, lines = call(words, capfd)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert status == 0 and len([o for o in lines if 'no room is left for the cache' in o]) == 1, lines
-    assert not [*tmp_path.rglob('*.safetensors')] and not [*tmp_path.rglob('*.tmp-*')]
+    assert not [o for o in tmp_path.rglob('kept/*/*.safetensors') if o.stat().st_size > 20_000] and not [*tmp_path.rglob('*.tmp-*')]
 
 
 # Ctrl-C from the first moment on
@@ -313,7 +313,13 @@ def test_a_full_cache_is_said_once_and_gone_without(tmp_path, capfd):
 @pytest.mark.skipif(os.name == 'nt', reason='Windows sends it otherwise')
 @pytest.mark.parametrize('after', [0, .01, .03, .06, .1, .2, .4, .8, 1.2, 1.6])
 def test_ctrl_c_while_a_program_is_loaded(tmp_path, after):
-    code = "from patchcore_nb import start; print('begins', flush=True); start.run()"
+    code = '''
+from patchcore_nb import start
+real = start.importlib.import_module
+def loud(name): print('begins', flush=True); return real(name)
+start.importlib.import_module = loud
+start.run()
+'''
     words = f'--gpu -1 {tmp_path}/r patch_core -b filterbank -le layer2 sampler -p .5 greedy_coreset dataset -d cog demo {tmp_path}/data'
     p = subprocess.Popen([sys.executable, '-c', code, *words.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     p.stdout.readline()
