@@ -133,7 +133,8 @@ class Cache:
         text = json.dumps(dict(format=FORMAT, **recipe), indent=1, sort_keys=True)
         self.folder = Path(folder)/_digest(text.encode())[:32]
         self.full = False
-        if not (self.folder/'recipe.json').is_file(): self.write(self.folder/'recipe.json', f'{text}\n'.encode())
+        said = self.folder/'recipe.json'
+        if not said.is_file(): self.write(said, f'{text}\n'.encode())
 
     def path(self,
         key:str, # any text

@@ -214,7 +214,7 @@ def judge_models(
 ):
     "Judge saved models in a folder of their own, like a run, and show the results."
     from patchcore_nb.experiment import Outputs, check_saved, judge_into
-    from patchcore_nb.resume import new_folder
+    from patchcore_nb.results_folder import new_folder
     loader = flags['patch_core_loader']
     data = flags['dataset']
     refuse(group, ONLY_FITTING, 'is for fitting, and saved models are fitted')
@@ -227,7 +227,8 @@ def judge_models(
     outputs = Outputs(**report_arguments(group))
     where = group['results_path'], group['log_project'], group['log_group']
     with new_folder(*where) as folder:
-        pictures = (lambda o: folder/'segmentation_images'/o.key) if group['save_segmentation_images'] else None
+        def place(o): return folder/'segmentation_images'/o.key
+        pictures = place if group['save_segmentation_images'] else None
         done = judge_into(models, categories, folder, pictures, outputs)
     click.echo(show_run(done, group))
 

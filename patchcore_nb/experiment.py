@@ -30,7 +30,8 @@ from patchcore_nb.results import (
     INTERVALS, KINDS, METRICS, add_rows, picture_name, save_pictures, with_mean, write_scores, write_table,
     write_tables)
 from .resume import (
-    Asked, asked_of, inputs_of, run_folder, settings_of, state_of, write_inputs, write_json, write_state)
+    Asked, asked_of, inputs_of, run_folder, settings_of, state_of, write_inputs, write_state)
+from .results_folder import write_json
 from .store import formats_for, save
 
 # %% ../nbs/10_run.ipynb #cecc4a6d
@@ -115,9 +116,9 @@ def report_category(
     "Predict and judge a category; write all that is wanted of it but the model."
     how, log = model.members[0].compute, []
     with limit_threads(how.num_threads): trial = predict_category(model, category, folder, log)
-    show = model.members[0].show
     if pictures:
-        with stage(log, 'pictures'): save_pictures(trial.prediction, category.test, pictures, how.show, how.num_threads)
+        drawn = trial.prediction, category.test, pictures, how.show, how.num_threads
+        with stage(log, 'pictures'): save_pictures(*drawn)
     suspects = find_suspects(model, category)
     if suspects is not None:
         write_table(suspects, make_folder(folder/'suspects')/f'{category.key}.csv', index=False)
@@ -347,7 +348,7 @@ def judge_saved(
     with Lock(folder): return judge_into(models, categories, folder, pictures, outputs)
 
 # %% ../nbs/10_run.ipynb #94ed928a
-__getattr__ = renamed(__name__,
-    run_seeds='seeds.run_seeds', judge='judging.judge', CHUNK='judging.CHUNK', Pixels='judging.Pixels', read_pixels='judging.read_pixels',
+__getattr__ = renamed(__name__, run_seeds='seeds.run_seeds',
+    judge='judging.judge', CHUNK='judging.CHUNK', Pixels='judging.Pixels', read_pixels='judging.read_pixels',
     at_threshold='judging.at_threshold', Nested='nested_search.Nested', sweep='sweeping.sweep',
     **{o: f'results.{o}' for o in ('REFERENCE_COLUMNS', 'SETTINGS', 'JPEG', 'picture_name')})

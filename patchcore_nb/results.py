@@ -139,6 +139,7 @@ def save_pictures(
     return folder
 
 # %% ../nbs/10_results.ipynb #4b6e9fca
-__getattr__ = renamed(__name__, **{o: f'resume.{o}' for o in (
-    'group_names', 'check_inside', 'digest_category', 'plain_params', 'settings_of', 'write_json', 'write_state',
-    'read_state', 'find_unfinished')}, run_folder='resume.new_folder')
+_GOING_ON = 'digest_category', 'plain_params', 'settings_of', 'write_state', 'read_state', 'find_unfinished'
+_FOLDER = 'group_names', 'check_inside', 'write_json'
+_MOVED = {o: f'resume.{o}' for o in _GOING_ON} | {o: f'results_folder.{o}' for o in _FOLDER}
+__getattr__ = renamed(__name__, run_folder='results_folder.new_folder', **_MOVED)

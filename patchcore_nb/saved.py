@@ -17,9 +17,10 @@ import click
 from .answers import speak
 from .arguments import check_folders, find_categories, saved_models
 from .base import *
-from .choices import HELP, Parts, Size, check_parts, is_typed, refuse, without
-from .choices import (
-    CACHE, GPU, LANG, NO_REPORT, NUM_THREADS, PICTURES, PLACE, SAVED_SEARCH, WEIGHTS_DIR, dataset, patch_core_loader)
+from .choices import HELP, Parts, Size, check_parts, refuse, without
+from patchcore_nb.choices import (
+    CACHE, GPU, LANG, NO_REPORT, NUM_THREADS, PICTURES, PLACE, SAVED_SEARCH, WEIGHTS_DIR, dataset,
+    patch_core_loader)
 from .cli import report_arguments, show_run
 
 # %% ../nbs/12a_saved.ipynb #a323a705
@@ -288,7 +289,7 @@ def summary(
 @click.option('--maps', type=click.Choice(MAPS), default='png', show_default=True, help='Maps at the size of each image: overlay (png), float32 (tiff), both, or none.')
 @click.option('--gpu', 'device', type=int, default=0, show_default=True, help='Index of the GPU; -1 forces the CPU.')
 @click.option('--batch_size', type=click.IntRange(1), default=8, show_default=True, help='Images at a time.')
-@click.option('--num_workers', type=click.IntRange(0), default=2, show_default=True, help='Threads that read images ahead; if not given, at most --num_threads.')
+@click.option('--num_workers', type=click.IntRange(0), default=2, show_default=True, help='Threads that read images ahead.')
 @NUM_THREADS
 @click.option('--resize', type=Size(), default=None, help="Shorter side of the scaled image, pixels, or height x width; the model's own if not given.")
 @click.option('--imagesize', type=Size(), default=None, help="Side of the square cut from its middle, pixels, or height x width; the model's own if not given.")
@@ -301,11 +302,10 @@ def predict_cli(model, images, output, kind, maps, **how):
     items = find_images(images)
     folder = Path(output)
     check_written(items, folder, maps, [folder/'scores.csv', folder/'scores.json'])
-    most = how['num_threads']
-    if most and not is_typed(click.get_current_context(), 'num_workers'): how['num_workers'] = min(how['num_workers'], most)
     loaded = load(model, **how)
     found = predict_files(loaded, items, folder, maps)
-    with limit_threads(most), progress(found, 'scoring', len(items), True) as bar: rows = list(bar)
+    with limit_threads(how['num_threads']), progress(found, 'scoring', len(items), True) as bar:
+        rows = list(bar)
     written = write_predictions(rows, folder, loaded.calibration_, kind)
     if maps != 'none': written.append(folder/'maps')
     click.echo(summary(rows, loaded.threshold_, written))

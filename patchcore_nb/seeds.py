@@ -7,18 +7,17 @@ __all__ = ['reseeded', 'write_seeds', 'check_seeds', 'check_seeds_same', 'of_see
 
 # %% ../nbs/10_seeds.ipynb #db293ad3
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
 from .core import *
-from .data import Category
 from .experiment import Run, run
 from .intervals import over_seeds
 from .prediction import Detector
 from .results import METRICS, with_mean, write_results, write_table
-from .resume import Asked, asked_of, check_same, read_run, run_folder, state_of, write_json
+from .resume import Asked, asked_of, check_same, read_run, run_folder, state_of
+from .results_folder import write_json
 
 # %% ../nbs/10_seeds.ipynb #9b161ebe
 def reseeded(
@@ -30,6 +29,7 @@ def reseeded(
     for o in new.members: o.set_params(seed=seed)
     return new
 
+# %% ../nbs/10_seeds.ipynb #589aaec4
 def write_seeds(
     folder:Path,       # of the run
     asked:Asked,
@@ -73,6 +73,7 @@ def of_seeds(
     if not len(done): return pd.DataFrame(columns=['seed'])
     return done.set_axis([o.partition('/')[2] for o in done.index])
 
+# %% ../nbs/10_seeds.ipynb #b38f1f3f
 def run_each(
     model:Detector,   # checked
     find:Callable,    # seed -> categories

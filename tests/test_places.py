@@ -7,7 +7,7 @@ import pytest
 from patchcore_nb.base import ArgumentError
 from patchcore_nb.cli import main
 from patchcore_nb.demo import make_demo
-from patchcore_nb.resume import new_folder
+from patchcore_nb.results_folder import new_folder
 from patchcore_nb.saved import predict_main
 
 PARTS = ('patch_core', '-b', 'filterbank', '-le', 'layer2', 'sampler', '-p', '0.01', 'approx_greedy_coreset')

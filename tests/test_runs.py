@@ -8,12 +8,11 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from patchcore_nb import PatchCore, concurrency, embedder, experiment, locks, resume, results
+from patchcore_nb import PatchCore, embedder, experiment, results, resume
 from patchcore_nb.base import ArgumentError, DataError
 from patchcore_nb.batching import read_ahead
 from patchcore_nb.cli import main
@@ -21,7 +20,7 @@ from patchcore_nb.concurrency import own_cores
 from patchcore_nb.data import load_category, make_miniature
 from patchcore_nb.experiment import judge_saved, run
 from patchcore_nb.locks import LOCK, Lock, this_process
-from patchcore_nb.resume import new_folder, run_folder
+from patchcore_nb.results_folder import new_folder
 from patchcore_nb.seeds import run_seeds
 
 forks = pytest.mark.skipif(not hasattr(os, 'fork'), reason='Windows has no forks')
