@@ -315,7 +315,10 @@ def test_ctrl_c_while_a_program_is_loaded(tmp_path, after):
     code = '''
 from patchcore_nb import start
 real = start.importlib.import_module
-def loud(name): print('begins', flush=True); return real(name)
+def loud(name):
+    start.importlib.import_module = real
+    print('begins', flush=True)
+    return real(name)
 start.importlib.import_module = loud
 start.run()
 '''
