@@ -14,7 +14,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from .base import *
-from .names import DATASETS, DISTANCES, MASK_THRESHOLDS, PATCH_SCORES, SAMPLERS, SEARCHES
+from .names import DATASETS, DISTANCES, MASK_THRESHOLDS, ON_ERROR, PATCH_SCORES, SAMPLERS, SEARCHES
 
 # %% ../nbs/12_choices.ipynb #5b8ea4ec
 def is_typed(
@@ -207,6 +207,8 @@ GPU = click.option('--gpu', type=int, default=(0,), multiple=True, show_default=
 PICTURES = click.option('--save_segmentation_images', is_flag=True, help='Save image, mask, map and overlay of every test image.')
 NO_REPORT = click.option('--no_report', is_flag=True, help='Do not write report.html.')
 LANG = click.option('--lang', type=click.Choice(LANGUAGES), default='en', show_default=True, help='Language of the report.')
+SKIP_OR_STOP = click.option('--on_error', type=click.Choice(ON_ERROR), default='skip', show_default=True, help='At an image that cannot be read: skip it, name it in the tables, and leave with status 1 at the end; or stop.')
+STOP_OR_SKIP = click.option('--on_error', type=click.Choice(ON_ERROR), default='stop', show_default=True, help='At an image that cannot be read: stop, or skip it, name it in the tables, and leave with status 1 at the end.')
 CACHE = click.option('--cache', type=PLACE, default=None, help='Folder where the patch embeddings of each image are kept and looked up; may be deleted at any time.')
 
 # %% ../nbs/12_choices.ipynb #a6e74205
