@@ -266,7 +266,8 @@ def speak(
     typed = sys.argv[1:] if args is None else args
     told = set() # a line comes once, also where several seeds look at the same files
     def print_in_flags(message, category, *args, **kw):
-        text = as_flags(str(message), flags_of(command, typed))
+        is_of_names = issubclass(category, SkippedWarning) # which may look like arguments
+        text = str(message) if is_of_names else as_flags(str(message), flags_of(command, typed))
         if text not in told: print_warning(text, category)
         told.add(text)
     warnings.showwarning = print_in_flags

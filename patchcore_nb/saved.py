@@ -14,7 +14,7 @@ import click
 
 from .answers import speak
 from .arguments import check_folders, find_categories, saved_models
-from .base import renamed
+from .base import SkippedWarning, renamed
 from .choices import HELP, Parts, Size, check_parts, refuse, without
 from .choices import (
     CACHE, GPU, LANG, NO_REPORT, PICTURES, PLACE, SAVED_SEARCH, SKIP_OR_STOP, STOP_OR_SKIP, WEIGHTS_DIR,
@@ -132,7 +132,7 @@ def predict_cli(model, images, output, kind, maps, on_error, **how):
     partial.unlink()
     if maps != 'none': written.append(folder/'maps')
     lost = said_of_lost(rows)
-    if lost: warnings.warn(lost)
+    if lost: warnings.warn(lost, SkippedWarning)
     say(summary(rows, loaded.threshold_, written), sys.stdout)
     return int(bool(lost))
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from .base import SkippedWarning
 from .categories import Category, Sample, Skipped, mask_paths, need_heic
 from .characters import printable
 from .core import *
@@ -94,5 +95,5 @@ def skipping(
             fewer = without_unreadable(category, parts)
             if len(fewer.skipped) == len(category.skipped): raise
         check_left(fewer, category)
-        warnings.warn(said_of_skipped(fewer))
+        warnings.warn(said_of_skipped(fewer), SkippedWarning)
         category = fewer

@@ -148,6 +148,13 @@ def test_an_image_that_vanishes(call, photos, monkeypatch):
     rows = table('predictions/scores.csv')
     assert status == 1 and {o for o, row in rows.items() if row['error']} == {'05.png', '09.png'} and len(rows) == 16
 
+def test_a_name_that_looks_like_an_argument(call, there):
+    "A warning names flags where the library names arguments, but no file is called otherwise."
+    shutil.copy('data/tile/test/good/000.png', 'good.png')
+    Path('resize=3.png').touch()
+    status, lines, _ = call('predict', 'model resize=3.png good.png --gpu -1 --maps none')
+    assert status == 1 and len(lines) == 1 and 'resize=3.png is empty' in lines[0] and '--resize' not in lines[0]
+
 def test_all_images_are_damaged(call, photos):
     for o in photos.iterdir(): emptied(o)
     status, lines, _ = call('predict', 'model photos --gpu -1')
