@@ -269,7 +269,10 @@ def grow_table(
     make_folder(path.parent)
     def add(how, *new):
         try:
-            with open(path, how, encoding='utf-8', newline='') as f: f.write(csv_text(new))
+            with open(path, how, encoding='utf-8', newline='') as f:
+                f.write(csv_text(new))
+                f.flush()
+                os.fsync(f.fileno())
         except OSError as e: raise disk_error(path, e) from None
     add('w', COLUMNS)
     for row in itertools.chain([first], rows):
