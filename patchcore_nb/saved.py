@@ -146,6 +146,6 @@ def predict_main(
     speak(predict_cli, 'patchcore_nb_predict', args, INTERRUPTED)
 
 # %% ../nbs/12a_saved.ipynb #22147fb9
-_MOVED = ('CHUNK colour_scale names_for endings_of identity_of check_written map_picture write_map verdict_row '
-          'predict_files write_csv write_json write_predictions find_images').split()
+_MOVED = ('CHUNK colour_scale names_for endings_of identity_of check_written map_picture write_map '
+          'verdict_row predict_files write_csv write_json write_predictions find_images').split()
 __getattr__ = renamed(__name__, free_name='characters.free_name', **{o: f'files.{o}' for o in _MOVED})
