@@ -14,7 +14,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from .base import *
-from .names import DATASETS, DISTANCES, MASK_THRESHOLDS, PATCH_SCORES, SAMPLERS, SEARCHES
+from .names import DATASETS, DISTANCES, MASK_THRESHOLDS, ON_ERROR, PATCH_SCORES, SAMPLERS, SEARCHES
 
 # %% ../nbs/12_choices.ipynb #5b8ea4ec
 def is_typed(
@@ -208,6 +208,8 @@ PICTURES = click.option('--save_segmentation_images', is_flag=True, help='Save i
 NO_REPORT = click.option('--no_report', is_flag=True, help='Do not write report.html.')
 LANG = click.option('--lang', type=click.Choice(LANGUAGES), default='en', show_default=True, help='Language of the report.')
 NUM_THREADS = click.option('--num_threads', type=click.IntRange(1, 1024), default=None, help="Threads for each thing that is computed: the network, the search, the pictures; a thread a core, or what OMP_NUM_THREADS says, if not given.")
+SKIP_OR_STOP = click.option('--on_error', type=click.Choice(ON_ERROR), default='skip', show_default=True, help='At an image that cannot be read: skip it, name it in the tables, and leave with status 1 at the end; or stop.')
+STOP_OR_SKIP = click.option('--on_error', type=click.Choice(ON_ERROR), default='stop', show_default=True, help='At an image that cannot be read: stop, or skip it, name it in the tables, and leave with status 1 at the end.')
 CACHE = click.option('--cache', type=PLACE, default=None, help='Folder where the patch embeddings of each image are kept and looked up; may be deleted at any time.')
 
 # %% ../nbs/12_choices.ipynb #a6e74205

@@ -8,7 +8,7 @@ __all__ = ['Recipe', 'check_share', 'check_recipe', 'Split', 'check_kept', 'spli
            'make_scorer', 'judge_left', 'judge_held', 'find_calibration', 'judge_without', 'fit_parts']
 
 # %% ../nbs/07e_fitting.ipynb #3ec2a901
-import math, sys
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .base import check_fields
 from .budget import Load, Plan, free_memory, make_plan, parse_size, release, stage, too_many
+from .characters import say
 from .core import *
 from .data import TURNS, check_split, hold_out
 from .embedder import Embedder, with_turns
@@ -210,7 +211,7 @@ def announce_plan(
     "Make the plan of a fit, and say it where progress is shown."
     load = memory_load(embedder, recipe, len(split.keep), split.n_kept, n-len(split.keep))
     plan = plan_for(embedder, load)
-    if embedder.how.show: print('plan:', plan, file=sys.stderr)
+    if embedder.how.show: say(f'plan: {plan}')
     return plan
 
 # %% ../nbs/07e_fitting.ipynb #b93f3557

@@ -48,8 +48,7 @@ def write_json(
     folder:Path, # of a run
 ):
     "Write what a run was asked for, and what it found."
-    text = json.dumps(state, indent=1)+'\n'
-    with replacing(folder/SETTINGS) as temp: temp.write_text(text, encoding='utf-8')
+    write_text(folder/SETTINGS, json.dumps(state, indent=1)+'\n')
 
 def put_in_place(
     temp:Path,  # a folder that holds something

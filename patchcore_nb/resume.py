@@ -23,7 +23,7 @@ from .locks import Lock
 from .model_files import versions
 from .patchcore import RUNTIME
 from .prediction import Detector
-from .results import SETTINGS, add_rows, write_tables
+from .results import read_skipped, read_texts, SETTINGS, add_rows, write_tables
 from .results_folder import group_names, home_of, new_folder, write_json
 
 # %% ../nbs/10_resume.ipynb #0dcc5829
@@ -34,7 +34,7 @@ def digest_category(
     parts = (category.train, category.test, category.calibration, category.unlabelled)
     lines = [str(o) for part in parts for o in [len(part), *part]]
     lines += sorted({f'mask_threshold {o.mask_threshold}' for o in category.test if o.mask_threshold})
-    return hashlib.sha256('\n'.join(lines).encode()).hexdigest()
+    return hashlib.sha256('\n'.join(lines).encode(errors='surrogatepass')).hexdigest()
 
 def plain_params(
     model, # a single one
@@ -128,7 +128,7 @@ def read_inputs(
     key:str,     # of a category
 )->dict[str,dict]: # as `inputs_of`; empty: not known
     "Read what a category was made of."
-    try: table = pd.read_csv(folder/INPUTS, encoding='utf-8', dtype=str, keep_default_na=False)
+    try: table = read_texts(folder/INPUTS)
     except (OSError, ValueError): return {}
     rows = table[table.category == key].drop_duplicates('name').set_index('name')
     return rows[['bytes', 'changed']].to_dict('index')
@@ -214,7 +214,8 @@ def write_state(
 ):
     "Write the tables, the settings and the metrics so far."
     if len(report): write_tables(folder, report)
-    write_json(state_of(asked, report, complete), folder)
+    state = state_of(asked, report, complete)
+    write_json(state | dict(skipped=read_skipped(folder)), folder)
 
 def read_run(
     folder:Path, # of a run

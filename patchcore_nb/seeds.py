@@ -15,7 +15,7 @@ from .core import *
 from .experiment import Run, run
 from .intervals import over_seeds
 from .prediction import Detector
-from .results import METRICS, with_mean, write_results, write_table
+from .results import METRICS, read_skipped, with_mean, write_results, write_table
 from .resume import Asked, asked_of, check_same, read_run, run_folder, state_of
 from .results_folder import write_json
 
@@ -107,10 +107,11 @@ def run_seeds(
     "Run with each seed."
     check_seeds(seeds)
     model = model.fresh().check()
-    wanted = {k: v for k, v in outputs.items() if k not in ('report', 'lang', 'command')}
+    wanted = {k: v for k, v in outputs.items() if k not in ('report', 'lang', 'command', 'on_error')}
     asked = asked_of(model, find(seeds[0]), seeds=list(seeds), **wanted)
     with run_folder(results, project, group, asked, resume) as (folder, found):
         done = of_seeds(found)
         check_seeds_same(model, find, folder, wanted, done, resume)
         table = run_each(model, find, seeds, folder, asked, done, resume=resume, **outputs)
-    return Run(folder, table, len(done))
+    skipped = [read_skipped(folder/f'seed_{s}') for s in seeds]
+    return Run(folder, table, len(done), skipped=sum(map(len, skipped)))
