@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .cache import Cache, digest_image
-from .data import batches, read_ahead
+from .batching import read_ahead
 
 # %% ../nbs/07_looked_up.ipynb #e8c0d2f1
 class Looked(NamedTuple):
