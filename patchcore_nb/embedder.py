@@ -136,14 +136,28 @@ def read(self:Embedder,
 
 # %% ../nbs/07a_embedder.ipynb #3374b88d
 @patch
+def embed(self:Embedder,
+    images:Tensor, # (B, 3, H, W) normalised, on the device
+)->Tensor: # (B, h, w, D)
+    "Embed a batch as it is."
+    patches = self.aggregator_(self.extractor_(images))
+    if self.what.unit: patches = F.normalize(patches, dim=-1)
+    return patches.contiguous()
+
+@patch
 @torch.inference_mode()
 def forward(self:Embedder,
     images:Tensor, # (B, 3, H, W) normalised
 )->Tensor: # (B, h, w, D), on the device
-    "Embed a batch."
-    patches = self.aggregator_(self.extractor_(images.to(self.device_)))
-    if self.what.unit: patches = F.normalize(patches, dim=-1)
-    return patches.contiguous()
+    "Embed a batch; each image as in any other batch, but for rounding."
+    images = images.to(self.device_)
+    if len(images) != 1: return self.embed(images)
+    alone = self.__dict__.get('_alone', True) # may an image stay alone?
+    if alone: patches = self.embed(images)
+    if alone and '_alone' in self.__dict__: return patches
+    among = self.embed(images.expand(2, -1, -1, -1))[:1]
+    if alone: self._alone = torch.equal(patches, among)
+    return among
 
 # %% ../nbs/07a_embedder.ipynb #13373944
 @patch(as_prop=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['extent', 'min_max', 'bank_unit', 'mean_of', 'EnsemblePrediction', 'combine', 'Joined', 'Ensemble', 'check_sizes',
-           'same_banks', 'ask_all', 'held_by_all', 'judge_all_left', 'joint_calibration']
+           'check_wishes', 'same_banks', 'ask_all', 'held_by_all', 'judge_all_left', 'joint_calibration']
 
 # %% ../nbs/07i_ensemble.ipynb #c2b505a9
 import importlib, warnings
@@ -155,6 +155,14 @@ def check_sizes(
     sizes = sorted({str(o.preprocess_) for o in members})
     if len(sizes) > 1: raise ArgumentError(f'the members see images of different sizes ({"; ".join(sizes)}): give all the same resize and imagesize')
 
+def check_wishes(
+    members:Sequence[PatchCore],
+):
+    "Refuse members that wish for different thresholds, since the ensemble has one."
+    for name in ('false_alarms', 'confidence'):
+        wishes = list(dict.fromkeys(getattr(o, name) for o in members))
+        if len(wishes) > 1: raise ArgumentError(f'{name} of the members differ ({", ".join(map(str, wishes))}), and an ensemble has one threshold: give all the same, as set_params({name}={wishes[0]}) does')
+
 @patch
 def check(self:Ensemble,
     images=None, # as `PatchCore.check` takes it
@@ -165,6 +173,7 @@ def check(self:Ensemble,
         twin = next((p for p in members[:i] if p.backbone == o.backbone), None)
         o.check(images, twin)
     check_sizes(members)
+    check_wishes(members)
     return self
 
 # %% ../nbs/07i_ensemble.ipynb #f541643d
@@ -315,7 +324,7 @@ def judge_all_left(
 def joint_calibration(
     joined:Joined,
 )->Calibration|None: # None: there is nothing to find it from, or nobody wants one
-    "Find the threshold of the combined scores, by the first member's wishes."
+    "Find the threshold of the combined scores, by the members' wishes, which are alike."
     wish, held = joined.parts[0].recipe, held_by_all(joined.parts)
     if not wish.false_alarms: return None
     seen = ask_all(joined, held) if held else None
