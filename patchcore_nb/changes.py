@@ -136,12 +136,17 @@ def shrink_to(
     return with_bank(small, bank, fitted.held, 'the threshold belongs to the larger model')
 
 # %% ../nbs/07f_learning_on.ipynb #86150d75
+def _shown(fitted:Fitted)->tuple[float,float]|None: # black, white
+    "Find the range of values that a model shows images by."
+    return fitted.embedder.what.value_range
+
 def check_alike(
     fitted:Fitted,
     other:Fitted,
 ):
     "Refuse to join memories of different embeddings."
     differs = differences(fitted.embedder.identified, other.embedder.identified)
+    if differs == ['value_range']: raise ArgumentError(f'models of different value_range cannot be merged ({in_short(_shown(fitted))} and {in_short(_shown(other))}, found from the training images): fit both with the same one')
     if differs: raise ArgumentError(f"models of different embeddings cannot be merged ({', '.join(differs)} differ): fit them with the same arguments and backbone")
 
 def held_by_any(
@@ -197,12 +202,14 @@ def look_back(
     fitted:Fitted,
     items:Sequence, # the training images
 )->LeftOut:
-    "Embed the training images once more, and judge each by the others."
+    "Embed the training images once more, a batch at a time, and judge each by the others."
     numbers = check_same_images(fitted.bank, items)
     embedder = fitted.embedder
     batches = embedder([items[i] for i in numbers], 'looking back')
-    patches = [p.flatten(0, 1).cpu() for batch in batches for p in batch]
-    return judge_left_out(fitted.bank, fitted.scorer, torch.tensor(numbers), patches, embedder.grid_)
+    parts = zip(torch.tensor(numbers).split(embedder.how.batch_size), batches)
+    found = [judge_left_out(fitted.bank, fitted.scorer, some, patches.flatten(1, 2).cpu(), embedder.grid_)
+             for some, patches in parts]
+    return LeftOut(*map(torch.cat, zip(*found)))
 
 def with_left_out(
     fitted:Fitted,

@@ -7,7 +7,8 @@ __all__ = ['FIRST', 'FORMAT', 'READABLE', 'TENSORS', 'VALUES', 'MADE_WITH', 'PAR
            'SMALL_FILE', 'version_of', 'versions', 'plain_params', 'say_images', 'write_model', 'check_parts',
            'too_large', 'check_bounds', 'naming', 'of_today', 'read_values', 'is_different', 'check_digests',
            'does_not_fit', 'check_bank', 'read_tensors', 'Wanted', 'check_runtime', 'seen_size', 'own_shape',
-           'same_size', 'say_no_threshold', 'at_size', 'by_search', 'wake', 'check_own_size', 'read_model']
+           'same_size', 'say_no_threshold', 'at_size', 'by_search', 'check_search', 'wake', 'check_own_size',
+           'read_model']
 
 # %% ../nbs/08_model_files.ipynb #9f760b2e
 import contextlib, math, platform, warnings
@@ -294,10 +295,20 @@ def by_search(
         return values
     SEARCHES.find(wanted.search)()
     calibration = values['learned'].get('calibration')
-    if calibration and wanted.search != own: warnings.warn(f'the threshold was found with search {own}: with {wanted.search} scores are a little different')
+    if (calibration or {}).get('threshold') is not None and wanted.search != own: warnings.warn(f'the threshold was found with search {own}: with {wanted.search} scores are a little different')
     return values | dict(params=params | dict(search=wanted.search))
 
 # %% ../nbs/08_model_files.ipynb #8c06f5e8
+def check_search(
+    folder:Path, # for errors
+    m:int,       # M, patches of the model
+    wanted:Wanted,
+):
+    "Refuse a search that takes more patches than there are, before the files are blamed for it."
+    if wanted.search is None: return
+    least = getattr(SEARCHES[wanted.search], 'least', 1)
+    if m < least: raise ArgumentError(f'search {wanted.search} takes a memory bank of at least {least} patches, and the model in {folder} holds {m}: pass search exact')
+
 def wake(
     folder:Path, # for errors
     state:dict,  # with `params` and `learned`
@@ -306,6 +317,7 @@ def wake(
 )->PatchCore: # ready to predict
     "Build a model of what was read."
     check_runtime(wanted.runtime)
+    check_search(folder, len(tensors['memory_bank']), wanted)
     try: return from_state(state, tensors, **wanted.runtime)
     except Exception as e:
         asked = wanted.sizes and isinstance(e, ArgumentError)

@@ -227,7 +227,7 @@ def test_members_that_wish_for_different_thresholds_are_refused(name, values):
     assert not any(o.is_fitted for o in apart.members) and apart.set_params(**{name: values[0]}).check()
 
 def test_filters_are_not_multiplied_by_eight_bits():
-    with pytest.raises(ArgumentError, match='FilterBank is not computed in bfloat16.*pass precision float32'): model('filterbank', ['layer2'], precision='bfloat16').check()
+    with pytest.raises(ArgumentError, match='FilterBank is not computed in bfloat16.*pass precision float32'): PatchCore('filterbank', ['layer2'], precision='bfloat16', **SMALL).check()
 
 def test_thresholds_follow_the_memory():
     rng = np.random.default_rng(2)
@@ -283,6 +283,15 @@ def test_merge():
     assert len(a.memory_bank_)+len(b.memory_bank_) < len(c.memory_bank_) and len(a.memory_bank_) == 19 # a itself is as it was
     for kw, word in [(dict(seed=1), 'weights_sha256'), (dict(patchsize=5), 'patchsize'), (dict(imagesize=56), 'imagesize')]:
         with pytest.raises(ArgumentError, match=word): a.merge(model(**kw).fit(IMAGES[3:5]))
+
+def test_models_of_different_ranges_are_told_what_to_do():
+    deep = np.random.default_rng(1).integers(0, 4000, (6, 64, 64), np.uint16)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        one, other = model().fit(list(deep[:3])), model().fit(list(deep[3:]//2))
+        with pytest.raises(ArgumentError, match='different value_range.*fit both with the same one'): one.merge(other)
+        pair = [model(value_range=(0, 4095)).fit(list(o)) for o in (deep[:3], deep[3:]//2)]
+        assert pair[0].merge(pair[1]).n_images_ == 6
 
 def test_merged_models_are_calibrated_by_what_all_held_out():
     many = np.random.default_rng(7).integers(0, 256, (100, 64, 64, 3), np.uint8)
