@@ -157,7 +157,7 @@ IN_MEMORY = 'tmpfs', 'ramfs', 'devtmpfs' # file systems that lie in memory
 def lies_in_memory(
     folder:str|Path, # that is there
 )->bool:
-    "Tell whether what is written into a folder stays in memory, as in Linux's /dev/shm and some machines' folder for temporary files."
+    "Tell whether what is written into a folder stays in memory, as in Linux's /dev/shm."
     path = Path(folder).resolve()
     mounted = [o for o in psutil.disk_partitions(all=True) if path.is_relative_to(o.mountpoint)]
     nearest = max(mounted, key=lambda o: len(o.mountpoint), default=None)

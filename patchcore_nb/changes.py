@@ -45,8 +45,10 @@ def threshold_gone(
     said:str,                # why it does not hold any more
 )->str:
     "Say that a threshold is lost, and how to have one that is not."
-    if promises(calibration): return f'{said}, and the held-out images that set it are not at hand: the model has none now'
-    return f'{said}, and is an approximate one, which only fit finds: the model has none now, unless it is fitted anew; a train_val_split below 1 holds images out, whose threshold is found again'
+    held = f'{said}, and the held-out images that set it are not at hand: the model has none now'
+    approximate = (f'{said}, and is an approximate one, which only fit finds: the model has none now; '
+                   'fit anew, or with a train_val_split below 1, whose threshold is found again')
+    return held if promises(calibration) else approximate
 
 def with_bank(
     fitted:Fitted,

@@ -7,8 +7,7 @@ __all__ = ['FIRST', 'FORMAT', 'READABLE', 'TENSORS', 'VALUES', 'MADE_WITH', 'PAR
            'SMALL_FILE', 'version_of', 'versions', 'plain_params', 'say_images', 'write_model', 'check_parts',
            'too_large', 'check_bounds', 'naming', 'of_today', 'read_values', 'is_different', 'check_digests',
            'does_not_fit', 'check_bank', 'read_tensors', 'Wanted', 'check_runtime', 'seen_size', 'own_shape',
-           'same_size', 'say_no_threshold', 'at_size', 'by_search', 'check_search', 'wake', 'check_own_size',
-           'read_model']
+           'same_size', 'say_no_threshold', 'at_size', 'by_search', 'wake', 'check_own_size', 'read_model']
 
 # %% ../nbs/08_model_files.ipynb #9f760b2e
 import contextlib, math, platform, warnings
@@ -28,6 +27,7 @@ from .core import *
 from .data import Preprocess, parse_pixels
 from .estimator import RENAMED
 from .embedding import RUNTIME, Compute, check_compute
+from .fitting import check_search
 from .names import SEARCHES
 from .patchcore import PatchCore
 from .state import as_list, check_learned, check_params, check_tensors, from_state, get_state
@@ -299,16 +299,6 @@ def by_search(
     return values | dict(params=params | dict(search=wanted.search))
 
 # %% ../nbs/08_model_files.ipynb #8c06f5e8
-def check_search(
-    folder:Path, # for errors
-    m:int,       # M, patches of the model
-    wanted:Wanted,
-):
-    "Refuse a search that takes more patches than there are, before the files are blamed for it."
-    if wanted.search is None: return
-    least = getattr(SEARCHES[wanted.search], 'least', 1)
-    if m < least: raise ArgumentError(f'search {wanted.search} takes a memory bank of at least {least} patches, and the model in {folder} holds {m}: pass search exact')
-
 def wake(
     folder:Path, # for errors
     state:dict,  # with `params` and `learned`
@@ -317,7 +307,7 @@ def wake(
 )->PatchCore: # ready to predict
     "Build a model of what was read."
     check_runtime(wanted.runtime)
-    check_search(folder, len(tensors['memory_bank']), wanted)
+    if wanted.search is not None: check_search(wanted.search, len(tensors['memory_bank']))
     try: return from_state(state, tensors, **wanted.runtime)
     except Exception as e:
         asked = wanted.sizes and isinstance(e, ArgumentError)

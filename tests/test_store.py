@@ -275,7 +275,7 @@ def test_a_model_of_the_reference_with_a_stride_is_refused(model, tmp_path):
 def test_a_search_that_takes_more_patches_is_no_damage(saved):
     least = SEARCHES['ivfpq'].least
     assert least > 1
-    with pytest.raises(ArgumentError, match=f'search ivfpq takes a memory bank of at least {least} patches.*pass search exact'): load(saved, search='ivfpq')
+    with pytest.raises(ArgumentError, match=f'search ivfpq takes a memory bank of at least {least} patches.*or search exact'): load(saved, search='ivfpq')
 
 def test_no_threshold_is_not_warned_of(saved, model):
     assert model.calibration_ is not None and model.threshold_ is None # six images are too few
