@@ -277,11 +277,11 @@ def test_a_search_that_takes_more_patches_is_no_damage(saved):
     assert least > 1
     with pytest.raises(ArgumentError, match=f'search ivfpq takes a memory bank of at least {least} patches.*or search exact'): load(saved, search='ivfpq')
 
-def test_no_threshold_is_not_warned_of(saved, model):
+def test_no_threshold_is_not_warned_of(saved, model, weights):
     assert model.calibration_ is not None and model.threshold_ is None # six images are too few
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        load(saved, search='fast')
+        load(saved, search='fast', weights_dir=weights)
 
 @pytest.mark.parametrize('what', [*PLAIN, [], None, 'abc', [PLAIN], list(PLAIN.items()), {}], ids=lambda o: str(o)[:30])
 def test_pickles_of_other_things(tmp_path, what):
