@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['own_cores', 'shares', 'lock_across_forks', 'in_new_thread', 'set_own_threads', 'limit_threads', 'in_threads',
-           'SharedSetting', 'precision_of', 'full_precision', 'usual_torch']
+           'work_alone', 'SharedSetting', 'precision_of', 'full_precision', 'usual_torch']
 
 # %% ../nbs/00_concurrency.ipynb #951cd322
 import contextlib, math, os, threading
@@ -110,6 +110,13 @@ def in_threads(
     tasks = [pool.submit(run, o) for o in parts]
     try: return [o.result() for o in tasks]
     finally: wait(tasks) # after an error too: shares write to what the caller holds
+
+# %% ../nbs/00_concurrency.ipynb #c0350d9d
+def work_alone():
+    "Use one torch thread, as a forked process must."
+    torch.set_num_threads(1)
+
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=work_alone)
 
 # %% ../nbs/00_concurrency.ipynb #d1257efc
 class SharedSetting:

@@ -42,6 +42,7 @@ class Embedding:
     precision:str='float32'              # of the backbone: "float32" or "bfloat16"
     seed:int=0                           # of random weights and random projections
     weights_sha256:str=''                # of the backbone's weights, as calibrated; empty: not known yet
+    network_sha256:str=''                # of what else the backbone is, as `digest_network` finds it; empty: not known yet
 
     def __post_init__(self):
         for name in ('resize', 'imagesize'): # which may be text
@@ -74,7 +75,7 @@ def settle(
 
 # %% ../nbs/07_embedding.ipynb #d6c956fd
 def essence(
-    what:Embedding, # whose weights are known
+    what:Embedding, # whose network is known
 )->dict: # plain values by field
     "List the fields that influence an embedding's values."
     found = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(what).items()}
@@ -83,7 +84,7 @@ def essence(
     return {k: v for k, v in found.items() if k != 'weights'}|dict(seed=seed)
 
 def differences(
-    a:Embedding, # whose weights are known
+    a:Embedding, # whose network is known
     b:Embedding, # likewise
 )->list[str]: # fields; none: the embeddings can be compared
     "List what keeps two embeddings from being compared."
