@@ -59,6 +59,10 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/contamination.py
 	$(BIN)/python benchmarks/busy.py
 
+## make lowest.txt   uv pip compile (the lowest version of every requirement, for pip; faiss for the CPU, since that for the GPU asks for a newer torch)
+lowest.txt: settings.ini
+	printf "faiss-gpu; sys_platform == 'none'\nfaiss-cpu>=1.8" | uv pip compile pyproject.toml --extra dev --resolution lowest-direct --python-version 3.10 --override - -q -o $@
+
 # An environment that is older than the package's metadata is brought up to date; one that is not there is made.
 # torch and torchvision must come from one index: both are requirements, so one pip command installs both.
 $(VENV)/installed: $(METADATA)

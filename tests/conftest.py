@@ -1,5 +1,8 @@
 "What the tests share: the golden results and real images, where they are at hand, and the demo set."
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,19 @@ def weights(tmp_path_factory)->Path: # a folder with resnet18.pth
     folder = tmp_path_factory.mktemp('weights')
     torch.save(create_backbone('resnet18', 'random', seed=7).state_dict(), folder/'resnet18.pth')
     return folder
+
+
+@pytest.fixture(scope='session')
+def wheel_file(tmp_path_factory)->Path: # patchcore_nb-*.whl
+    "The package as it is published, built from a copy of what it is built from."
+    pytest.importorskip('setuptools', minversion='77', reason='setuptools 77 or later is not installed: no wheel is built')
+    tree, root = tmp_path_factory.mktemp('tree'), Path(__file__).resolve().parents[1]
+    for name in ('settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE'): shutil.copy(root/name, tree)
+    shutil.copytree(root/'patchcore_nb', tree/'patchcore_nb', ignore=shutil.ignore_patterns('__pycache__'))
+    command = [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '--no-index', '.', '-w', 'made']
+    made = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout+made.stderr
+    return next((tree/'made').glob('*.whl'))
 
 
 @pytest.fixture

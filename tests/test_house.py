@@ -3,7 +3,6 @@ import ast
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -284,16 +283,10 @@ def test_metadata():
     assert patchcore_nb.__version__ == SETTINGS['version']
     assert {('name', SETTINGS['lib_name']), ('requires-python', f">={SETTINGS['min_python']}")} <= set(re.findall(r'^([\w-]+) ?= ?"(.*)"$', (ROOT/'pyproject.toml').read_text(encoding='utf-8'), re.MULTILINE))
 
-@pytest.fixture(scope='module')
-def wheel(tmp_path_factory):
-    "The package as it is published, built from a copy of what it is built from."
-    tree = tmp_path_factory.mktemp('tree')
-    for name in ('settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE'): shutil.copy(ROOT/name, tree)
-    shutil.copytree(PACKAGE, tree/PACKAGE.name, ignore=shutil.ignore_patterns('__pycache__'))
-    command = [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '--no-index', '.', '-w', 'made']
-    made = subprocess.run(command, cwd=tree, capture_output=True, text=True)
-    assert made.returncode == 0, made.stdout+made.stderr
-    with zipfile.ZipFile(next((tree/'made').glob('*.whl'))) as z: yield z
+@pytest.fixture
+def wheel(wheel_file):
+    "What is in the package as it is published."
+    with zipfile.ZipFile(wheel_file) as z: yield z
 
 def test_a_wheel_holds_every_file(wheel):
     "The modules, and what they read: templates, styles, the marker of typed packages."
