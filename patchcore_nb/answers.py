@@ -6,8 +6,8 @@
 __all__ = ['ARGUMENTS', 'UNLIKE', 'NONE', 'STARTS', 'QUOTED', 'ENDS', 'VALUE', 'RULE', 'COMPARED', 'CHANGE', 'ABOUT', 'PLACES',
            'NOTHING', 'LOG_ONLINE', 'OUT_OF_MEMORY', 'NO_MEMORY', 'NO_MEMORY_CODES', 'SPINS', 'ENDING', 'flags_of',
            'spelling', 'typed_value', 'is_clear', 'as_flags', 'said_in_flags', 'said_by_click', 'says_no_memory',
-           'out_of_memory', 'message', 'complain', 'sleep_early', 'Ended', 'end', 'set_aside', 'signals_raised',
-           'signal_status', 'print_warning', 'status_of', 'speak']
+           'out_of_memory', 'message', 'in_one_line', 'complain', 'sleep_early', 'Ended', 'end', 'set_aside',
+           'signals_raised', 'signal_status', 'print_warning', 'status_of', 'speak']
 
 # %% ../nbs/12_answers.ipynb #7cadd893
 import contextlib, errno, os, re, shlex, signal, sys, threading, warnings
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import click
 
 from .base import *
+from .characters import printable, say
 
 # %% ../nbs/12_answers.ipynb #a493e7c2
 ARGUMENTS = dict( # name of an option in click -> name of an argument of the library, where the two differ
@@ -57,6 +58,8 @@ def typed_value(
     "Write `argument=value` as it is typed."
     flag = spelling(option)
     if value == 'True': return flag
+    if value == 'False': return f'no {flag}'
+    if option.is_flag: return flag+'_'+value.strip('\'"') # a flag of another word: --resume_anyway
     if value == 'None':
         word = NONE.get(argument, 'none')
         return word if word.startswith('-') else f'{flag} {word}'
@@ -168,13 +171,22 @@ def message(
     return f'{type(e).__name__}: {e} (PATCHCORE_NB_DEBUG=1 shows where)'
 
 # %% ../nbs/12_answers.ipynb #6b38bdfc
+def in_one_line(
+    e:BaseException, # any
+    text:str,        # what is said of it, in one or several lines
+)->str:
+    "Join lines; in an error of ours, a line break after other than a colon or semicolon is part of a name."
+    if not isinstance(e, PatchCoreError): return ' '.join(text.split())
+    first, *tree = re.split(r'(?<=[:;])\s*\n', text)
+    return printable(' '.join([first, *(' '.join(o.split()) for o in tree)]))
+
 def complain(
     e:BaseException, # any
     flags:dict[str,click.Option]|None=None, # as `flags_of` finds them
 )->int: # 2 for usage, 1 for all else
     "Print one line for an error; its exit status."
-    words = message(e, flags or {}).split()
-    print('error:', *words, file=sys.stderr)
+    line = in_one_line(e, message(e, flags or {}))
+    say(f'error: {line}')
     return 2 if isinstance(e, (click.UsageError, ArgumentError)) else 1
 
 # %% ../nbs/12_answers.ipynb #8ba43263
@@ -186,7 +198,7 @@ def sleep_early():
     if not is_said and 'torch' not in sys.modules: os.environ['GOMP_SPINCOUNT'] = str(SPINS)
 
 # %% ../nbs/12_answers.ipynb #4e4ae100
-ENDING = 'SIGTERM', 'SIGHUP' # as far as the system knows them
+ENDING = 'SIGINT', 'SIGTERM', 'SIGHUP' # as far as the system knows them
 
 class Ended(KeyboardInterrupt):
     "A signal that asks the process to end."
@@ -207,7 +219,7 @@ def set_aside(
 
 @contextlib.contextmanager
 def signals_raised():
-    "Raise the signals that ask a process to end, as Ctrl-C is raised; only its main thread can."
+    "Raise the signals that ask a process to end; only its main thread can."
     is_main = threading.current_thread() is threading.main_thread()
     numbers = [getattr(signal, o) for o in ENDING if is_main and hasattr(signal, o)]
     before = {o: signal.signal(o, end) for o in numbers if not set_aside(o)}
@@ -225,7 +237,7 @@ def signal_status(
 # %% ../nbs/12_answers.ipynb #75d3e987
 def print_warning(message, category, *args, **kw):
     "Print a warning as one line on the standard error."
-    print(f'warning: {message}', file=sys.stderr)
+    say(f'warning: {printable(str(message))}')
 
 def status_of(
     command:click.Command, # to run
@@ -237,7 +249,7 @@ def status_of(
     said = shlex.join([name, *typed])
     try: status = command.main(list(typed), prog_name=name, standalone_mode=False, obj=dict(command=said))
     except (KeyboardInterrupt, click.Abort) as e:
-        print(interrupted, file=sys.stderr)
+        say(interrupted)
         return signal_status(e)
     except Exception as e:
         if os.environ.get('PATCHCORE_NB_DEBUG') == '1': raise
@@ -256,11 +268,13 @@ def speak(
     typed = sys.argv[1:] if args is None else args
     told = set() # a line comes once, also where several seeds look at the same files
     def print_in_flags(message, category, *args, **kw):
-        text = as_flags(str(message), flags_of(command, typed))
+        is_of_names = issubclass(category, SkippedWarning) # which may look like arguments
+        text = str(message) if is_of_names else as_flags(str(message), flags_of(command, typed))
         if text not in told: print_warning(text, category)
         told.add(text)
     warnings.showwarning = print_in_flags
     try:
         with signals_raised(): status = status_of(command, name, typed, interrupted)
+    except KeyboardInterrupt as e: status = signal_status(e) # once more, while the answer was given
     finally: warnings.showwarning = show
     sys.exit(status)

@@ -9,7 +9,7 @@ __all__ = ['APART', 'stride_of', 'core_arguments', 'sampler_arguments', 'data_ar
            'dataset_arguments', 'find_categories', 'sizes_for', 'check_folders', 'saved_models']
 
 # %% ../nbs/12_arguments.ipynb #c861949c
-import os, warnings
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -141,8 +141,9 @@ def layers_of(
 def threads_at_most(
     n:int, # asked for
 )->int: # at most one a core
-    "Limit threads to the cores there are."
-    return min(n, os.cpu_count() or 1)
+    "Limit threads to the cores that this process may use."
+    from patchcore_nb.concurrency import own_cores
+    return min(n, own_cores())
 
 def search_device_of(
     on_gpu:bool, # is a GPU asked for?
@@ -168,8 +169,10 @@ def compute_arguments(
     workers = core['faiss_num_workers']
     device = search_device_of(core['faiss_on_gpu'], gpu)
     threads = workers and threads_at_most(workers)
+    most = group['num_threads']
     readers = threads_at_most(data['num_workers'])
-    search = dict(search_device=device, search_threads=threads)
+    if most and 'num_workers' not in data['given']: readers = min(readers, most)
+    search = dict(search_device=device, search_threads=threads, num_threads=most)
     files = dict(weights_dir=core['weights_dir'], cache=group['cache'])
     return dict(device=gpu, batch_size=data['batch_size'], num_workers=readers, show=True) | search | files
 

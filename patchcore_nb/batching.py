@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .concurrency import set_own_threads
 from .core import *
 
 # %% ../nbs/01_batching.ipynb #73c5257b
@@ -27,7 +28,7 @@ def read_ahead(
 )->Iterator: # results, in the order of the items
     "Map `f` over `items` in threads, in order, at most `depth` of them in flight."
     flying = deque()
-    with ThreadPoolExecutor(num_workers) as pool:
+    with ThreadPoolExecutor(num_workers, 'reader', set_own_threads, (1,)) as pool:
         tasks = (pool.submit(f, o) for o in items)
         try:
             flying.extend(islice(tasks, depth))

@@ -14,7 +14,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from .base import *
-from .names import DATASETS, DISTANCES, MASK_THRESHOLDS, PATCH_SCORES, SAMPLERS, SEARCHES
+from .names import DATASETS, DISTANCES, MASK_THRESHOLDS, ON_ERROR, PATCH_SCORES, SAMPLERS, SEARCHES
 
 # %% ../nbs/12_choices.ipynb #5b8ea4ec
 def is_typed(
@@ -114,7 +114,7 @@ class Listed(click.Option):
 # %% ../nbs/12_choices.ipynb #1f2a5580
 PRECISIONS = 'float32', 'bfloat16'
 FAISS_ON_GPU = click.option('--faiss_on_gpu', is_flag=True, help='Search neighbours on the GPU, whatever --gpu says.')
-FAISS_NUM_WORKERS = click.option('--faiss_num_workers', type=click.IntRange(1), default=None, help="Threads of a search on the CPU; torch's own number if not given.")
+FAISS_NUM_WORKERS = click.option('--faiss_num_workers', type=click.IntRange(1), default=None, help='Threads of a search on the CPU; --num_threads if not given.')
 WEIGHTS_DIR = click.option('--weights_dir', type=PLACE, default=None, help='Folder with NAME.safetensors, NAME.pth or NAME.pt; else PATCHCORE_NB_WEIGHTS, else the download.')
 SAVED_SEARCH = click.option('--search', cls=Listed, type=Named(SEARCHES, shown=False), default=None, help="How neighbours are searched: {names}; the model's own if not given.")
 
@@ -154,7 +154,7 @@ def sampler(**kw): return as_part(kw)
 @click.argument('name', type=Named(DATASETS))
 @click.argument('data_path', type=PLACE)
 @click.option('--subdatasets', '-d', multiple=True, required=True, help='Category; repeat for several.')
-@click.option('--num_workers', type=click.IntRange(0), default=8, show_default=True, help='Threads that read images ahead, at most one a core.')
+@click.option('--num_workers', type=click.IntRange(0), default=8, show_default=True, help='Threads that read images ahead, at most one a core; if not given, at most --num_threads.')
 @click.option('--resize', type=Size(), default=256, show_default=True, help='Shorter side of the scaled image, pixels; or height x width of the whole.')
 @click.option('--imagesize', type=Size(), default=224, show_default=True, help='Side of the square cut from its middle, pixels, or height x width; at most --resize.')
 @click.option('--normal', default=None, help='For the dataset folder: patterns of good images below DATA_PATH/CATEGORY, parted by commas; good/* if not given.')
@@ -207,6 +207,9 @@ GPU = click.option('--gpu', type=int, default=(0,), multiple=True, show_default=
 PICTURES = click.option('--save_segmentation_images', is_flag=True, help='Save image, mask, map and overlay of every test image.')
 NO_REPORT = click.option('--no_report', is_flag=True, help='Do not write report.html.')
 LANG = click.option('--lang', type=click.Choice(LANGUAGES), default='en', show_default=True, help='Language of the report.')
+NUM_THREADS = click.option('--num_threads', type=click.IntRange(1, 1024), default=None, help="Threads for each thing that is computed: the network, the search, the pictures; a thread a core, or what OMP_NUM_THREADS says, if not given.")
+SKIP_OR_STOP = click.option('--on_error', type=click.Choice(ON_ERROR), default='skip', show_default=True, help='At an image that cannot be read: skip it, name it in the tables, and leave with status 1 at the end; or stop.')
+STOP_OR_SKIP = click.option('--on_error', type=click.Choice(ON_ERROR), default='stop', show_default=True, help='At an image that cannot be read: stop, or skip it, name it in the tables, and leave with status 1 at the end.')
 CACHE = click.option('--cache', type=PLACE, default=None, help='Folder where the patch embeddings of each image are kept and looked up; may be deleted at any time.')
 
 # %% ../nbs/12_choices.ipynb #a6e74205

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'ONLY_FITTING', 'main', 'with_deviation', 'is_over_seeds', 'results_table', 'places_of', 'recall_said',
-           'show_run', 'report_arguments', 'output_arguments', 'check_seeds', 'find_held_out', 'checked_model',
+           'show_run', 'tell', 'report_arguments', 'output_arguments', 'check_seeds', 'find_held_out', 'checked_model',
            'fit_and_judge', 'judge_models']
 
 # %% ../nbs/12_cli.ipynb #7e6845d5
-import warnings
+import sys, warnings
 from collections.abc import Sequence
 from functools import partial
 
@@ -17,8 +17,11 @@ import click
 from .answers import *
 from .arguments import *
 from .base import *
+from .characters import say
 from .choices import *
-from .choices import CACHE, GPU, LANG, NO_REPORT, PICTURES, dataset, patch_core, patch_core_loader, sampler
+from patchcore_nb.choices import (
+    CACHE, GPU, LANG, NO_REPORT, NUM_THREADS, PICTURES, STOP_OR_SKIP, dataset, patch_core, patch_core_loader,
+    sampler)
 from .names import PRESETS
 
 # %% ../nbs/12_cli.ipynb #c306a61e
@@ -36,7 +39,10 @@ MODEL_FORMATS = 'both', 'ours', 'reference'
 @click.option('--model_format', type=click.Choice(MODEL_FORMATS), default='both', show_default=True, help="Save models as ours (safetensors and JSON), as the reference's two files, or both.")
 @NO_REPORT
 @LANG
-@click.option('--resume', is_flag=True, help='Go on with the newest unfinished run of this group that asked for the same.')
+@click.option('--resume', is_flag=True, help='Go on with the newest unfinished run of this group that asked for the same; refused, if something that its results depend on has changed since.')
+@click.option('--resume_anyway', is_flag=True, help='Go on with it all the same.')
+@STOP_OR_SKIP
+@NUM_THREADS
 @click.option('--memory_budget', default=None, help='Memory that may be taken: bytes, 600MB, 2GB; what is free if not given. Over it, patch embeddings go to a file in the results folder.')
 @CACHE
 def cli(**kw):
@@ -124,7 +130,17 @@ def show_run(
     lines = ['', table, '', *places_of(done, group)]
     if found := recall_said(done, search): lines.append(found)
     if done.done_before: lines.append(f'resumed:  {done.done_before} categories had been done before')
+    if done.skipped: lines.append(f'skipped:  {done.skipped} images that cannot be read')
     return '\n'.join(lines)
+
+def tell(
+    done, # a `Run`, as `run` returns it
+    group:dict, # flags of the command itself
+    search:str='exact', # of neighbours; saved models bring their own
+)->int: # exit status
+    "Print the results; if images were skipped, the status is 1."
+    say(show_run(done, group, search), sys.stdout)
+    return int(done.skipped > 0)
 
 # %% ../nbs/12_cli.ipynb #fddf172a
 def report_arguments(
@@ -134,14 +150,16 @@ def report_arguments(
     ctx = click.get_current_context()
     if group['no_report'] and is_typed(ctx, 'lang'): raise click.UsageError('--lang is for the report, and --no_report asks for none: pass one of them')
     typed = (ctx.find_root().obj or {}).get('command', '')
-    return dict(report=not group['no_report'], lang=group['lang'], command=typed)
+    asked = {o: group[o] for o in ('lang', 'on_error')}
+    return dict(report=not group['no_report'], command=typed) | asked
 
 def output_arguments(
     group:dict, # flags of the command itself, which is running
 )->dict: # arguments of `run`
     "Say what the flags ask to be written."
     written = dict(save_model=group['save_patchcore_model'], pictures=group['save_segmentation_images'])
-    same = {o: group[o] for o in ('model_format', 'resume')}
+    resume = 'anyway' if group['resume_anyway'] else group['resume']
+    same = dict(model_format=group['model_format'], resume=resume)
     return written | same | report_arguments(group)
 
 def check_seeds(
@@ -184,9 +202,10 @@ def checked_model(
 def fit_and_judge(
     flags:dict, # part of the command line -> its flags
     group:dict, # flags of the command itself, which is running
-):
+)->int: # exit status
     "Fit a model to each category, judge it, and show the results."
-    from patchcore_nb.experiment import run, run_seeds
+    from patchcore_nb.experiment import run
+    from patchcore_nb.seeds import run_seeds
     core = flags['patch_core']
     data = flags['dataset']
     model = checked_model(flags, group)
@@ -197,18 +216,19 @@ def fit_and_judge(
     first, *others = group['seed']
     if others: done = run_seeds(model, find, group['seed'], *where, **outputs)
     else: done = run(model, find(first), *where, **outputs)
-    click.echo(show_run(done, group, core['search']))
+    return tell(done, group, core['search'])
 
 # %% ../nbs/12_cli.ipynb #ac07e6f4
-ONLY_FITTING = 'preset', 'save_patchcore_model', 'resume', 'memory_budget', 'model_format' # flags of the command itself
+ONLY_FITTING = ( # flags of the command itself
+    'preset', 'save_patchcore_model', 'resume', 'resume_anyway', 'memory_budget', 'model_format')
 
 def judge_models(
     flags:dict, # part of the command line -> its flags
     group:dict, # flags of the command itself, which is running
-):
+)->int: # exit status
     "Judge saved models in a folder of their own, like a run, and show the results."
-    from patchcore_nb.experiment import judge_saved
-    from patchcore_nb.results import run_folder
+    from patchcore_nb.experiment import Outputs, check_saved, judge_into
+    from patchcore_nb.results_folder import new_folder
     loader = flags['patch_core_loader']
     data = flags['dataset']
     refuse(group, ONLY_FITTING, 'is for fitting, and saved models are fitted')
@@ -217,10 +237,14 @@ def judge_models(
     check_folders(loader)
     categories = find_categories(group['seed'][0], data, need_train=False)
     models = saved_models(group, loader, data, categories)
-    folder = run_folder(group['results_path'], group['log_project'], group['log_group'])
-    pictures = (lambda o: folder/'segmentation_images'/o.key) if group['save_segmentation_images'] else None
-    done = judge_saved(models, categories, folder, pictures, **report_arguments(group))
-    click.echo(show_run(done, group))
+    outputs = Outputs(**report_arguments(group))
+    categories = check_saved(models, categories, outputs.on_error)
+    where = group['results_path'], group['log_project'], group['log_group']
+    with new_folder(*where) as folder:
+        def place(o): return folder/'segmentation_images'/o.key
+        pictures = place if group['save_segmentation_images'] else None
+        done = judge_into(models, categories, folder, pictures, outputs)
+    return tell(done, group)
 
 # %% ../nbs/12_cli.ipynb #ef63bd4a
 @cli.result_callback()
@@ -232,4 +256,4 @@ def run_parts(parts, **group):
         check_parts(names, ('patch_core_loader', 'dataset'), ('patch_core', 'sampler'))
         return judge_models(dict(parts), group)
     check_parts(names, ('patch_core', 'sampler', 'dataset'))
-    fit_and_judge(dict(parts), group)
+    return fit_and_judge(dict(parts), group)

@@ -11,7 +11,7 @@ from scipy.special import expit, logit
 from scipy.stats import binomtest, norm
 
 from .arrays import scores_and_labels
-from .auc import auroc
+from .auc import auroc, tied
 from .core import ArgumentError
 
 # %% ../nbs/06b_closed_form.ipynb #2291b8cb
@@ -26,6 +26,7 @@ def auroc_variance(
     labels:np.ndarray, # (B,) bool, True = defective
 )->float: # of their AUROC
     "Take DeLong's variance of an AUROC."
+    scores = tied(scores)
     bad = np.sort(scores[labels])
     good = np.sort(scores[~labels])
     if min(bad.size, good.size) < 2: return float('nan')

@@ -7,7 +7,7 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'check_seed', 'generator', 'best_dev
            'FirstFrameWarning', 'read_image', 'dense', 'to_pil', 'normalise', 'denormalise', 'to_tensor', 'progress',
            'PatchCoreError', 'DataError', 'ArgumentError', 'nearest_names', 'first_line', 'unknown', 'as_plain',
            'is_whole', 'is_number', 'in_short', 'disk_error', 'make_folder', 'replacing', 'replacing_folder',
-           'full_precision', 'in_threads', 'limit_threads', 'usual_torch']
+           'write_text', 'full_precision', 'in_threads', 'limit_threads', 'usual_torch']
 
 # %% ../nbs/00_core.ipynb #47a55bb6
 import warnings
@@ -21,13 +21,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .base import *
+from .characters import printable
 from .complete import *
 from .concurrency import *
 from .bit_depth import *
 
 _all_ = ['PatchCoreError', 'DataError', 'ArgumentError', 'nearest_names', 'first_line', 'unknown',
          'as_plain', 'is_whole', 'is_number', 'in_short', # of base, for all who import core
-         'disk_error', 'make_folder', 'replacing', 'replacing_folder', # of complete, likewise
+         'disk_error', 'make_folder', 'replacing', 'replacing_folder', 'write_text', # of complete, likewise
          'full_precision', 'in_threads', 'limit_threads', 'usual_torch'] # and of concurrency
 __getattr__ = renamed(__name__, why='first_line', _disk_error='disk_error')
 
@@ -122,6 +123,7 @@ def _say_first_frame(path:Path, im:Image.Image):
 def _open(path:Path, convert:Callable)->Image.Image:
     "Open a file of some bytes, and convert what is in it."
     if path.stat().st_size == 0: raise DataError(f'{path} is empty (0 bytes): restore the image or remove the file')
+    if path.is_dir(): raise DataError(f'{path} is a folder, not an image: rename or move it')
     with Image.open(path) as im:
         _say_first_frame(path, im)
         return convert(im)
@@ -138,7 +140,9 @@ def read_image(
     except UnidentifiedImageError: raise DataError(f'{path} is not an image that Pillow can read: replace or remove it') from None
     except Image.DecompressionBombError as e: raise DataError(f'{path} is too large to be trusted ({e}): scale it down') from None
     except PatchCoreError: raise
-    except Exception as e: raise DataError(f'{path} cannot be read ({first_line(e)}): replace or remove it') from None # Pillow's readers raise what they like
+    except Exception as e: # Pillow's readers raise what they like
+        why = getattr(e, 'strerror', None) or first_line(e)
+        raise DataError(f'{path} cannot be read ({why}): replace or remove it') from None
 
 # %% ../nbs/00_core.ipynb #62943fc6
 def dense(
@@ -236,4 +240,5 @@ def progress(
 )->Iterable: # the same items; also a context that ends the bar's line, whatever happens
     "Go through items under a progress bar."
     from tqdm.auto import tqdm
-    return tqdm(items, desc=desc, total=total, disable=not show, unit=unit, leave=True, dynamic_ncols=True)
+    said = printable(desc)
+    return tqdm(items, desc=said, total=total, disable=not show, unit=unit, leave=True, dynamic_ncols=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['extent', 'min_max', 'bank_unit', 'mean_of', 'EnsemblePrediction', 'combine', 'Joined', 'Ensemble', 'check_sizes',
-           'same_banks', 'ask_all', 'held_by_all', 'judge_all_left', 'joint_calibration']
+           'check_wishes', 'same_banks', 'ask_all', 'held_by_all', 'judge_all_left', 'joint_maps', 'joint_calibration']
 
 # %% ../nbs/07i_ensemble.ipynb #c2b505a9
 import importlib, warnings
@@ -155,6 +155,14 @@ def check_sizes(
     sizes = sorted({str(o.preprocess_) for o in members})
     if len(sizes) > 1: raise ArgumentError(f'the members see images of different sizes ({"; ".join(sizes)}): give all the same resize and imagesize')
 
+def check_wishes(
+    members:Sequence[PatchCore],
+):
+    "Refuse members that wish for different thresholds, since the ensemble has one."
+    for name in ('false_alarms', 'confidence'):
+        wishes = list(dict.fromkeys(getattr(o, name) for o in members))
+        if len(wishes) > 1: raise ArgumentError(f'{name} of the members differ ({", ".join(map(str, wishes))}), and an ensemble has one threshold: give all the same, as set_params({name}={wishes[0]}) does')
+
 @patch
 def check(self:Ensemble,
     images=None, # as `PatchCore.check` takes it
@@ -165,6 +173,7 @@ def check(self:Ensemble,
         twin = next((p for p in members[:i] if p.backbone == o.backbone), None)
         o.check(images, twin)
     check_sizes(members)
+    check_wishes(members)
     return self
 
 # %% ../nbs/07i_ensemble.ipynb #f541643d
@@ -307,15 +316,24 @@ def judge_all_left(
     "Combine what members make of the images that were left out."
     left = [o.left_out for o in joined.parts]
     if any(o is None or not o.numbers.equal(left[0].numbers) for o in left): return None
-    n = len(joined.parts)
-    scores = sum(o.image_scores/u for o, u in zip(left, joined.units))/n
-    maps = [p.embedder.maps(o.patch_scores, p.recipe.smoothing) for p, o in zip(joined.parts, left)]
-    return scores, (sum(x/u for x, u in zip(maps, joined.units))/n).amax((1, 2))
+    scores = sum(o.image_scores/u for o, u in zip(left, joined.units))/len(left)
+    grids = zip(*(o.patch_scores.split(32) for o in left)) # of some images, by each member
+    return scores, torch.cat([joint_maps(joined, some).amax((1, 2)) for some in grids])
+
+def joint_maps(
+    joined:Joined,
+    grids:Sequence[Tensor], # of each member (B, h, w) patch scores
+)->Tensor: # (B, H, W)
+    "Add up the members' maps, each in its unit; one member's are in memory at a time."
+    total = 0
+    for part, unit, grid in zip(joined.parts, joined.units, grids):
+        total = total+part.embedder.maps(grid, part.recipe.smoothing)/(unit*len(joined.parts))
+    return total
 
 def joint_calibration(
     joined:Joined,
 )->Calibration|None: # None: there is nothing to find it from, or nobody wants one
-    "Find the threshold of the combined scores, by the first member's wishes."
+    "Find the threshold of the combined scores, by the members' wishes, which are alike."
     wish, held = joined.parts[0].recipe, held_by_all(joined.parts)
     if not wish.false_alarms: return None
     seen = ask_all(joined, held) if held else None

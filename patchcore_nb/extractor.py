@@ -187,6 +187,8 @@ class Extractor(nn.Module):
     ):
         super().__init__()
         if precision not in PRECISIONS: raise unknown('precision', precision, PRECISIONS)
+        able = getattr(backbone, 'precisions', PRECISIONS)
+        if precision not in able: raise ArgumentError(f'{type(backbone).__name__} is not computed in {precision}, in which its maps would be wrong: pass precision {able[0]}')
         find_layers(backbone, layers)
         self.backbone = backbone.eval()
         self.layers = tuple(layers)

@@ -62,6 +62,7 @@ def _check_images(images:Tensor):
 @register_backbone('filterbank')
 class FilterBank(nn.Module):
     "Fixed filters in place of a trained network: `layer2` at stride 8, `layer3` at stride 16."
+    precisions = 'float32', # eight significant bits are too few for differences of what is nearly alike: maps would be off by a quarter
     def __init__(self,
         orientations:int=4, # L, directions of the filters
     ):

@@ -70,6 +70,7 @@ def why_unread(
 )->str: # empty: it is no image
     "Tell why a file is not used as an image."
     ending = path.suffix.lower()
+    if path.is_dir(): return 'a folder'
     inner = path.relative_to(place.parent).parts
     if is_note(path): return ''
     if any(o.startswith('.') for o in inner): return 'hidden' if ending in readable else ''
@@ -79,10 +80,12 @@ def why_unread(
     return f'{ending} is no image format that is read' if ending else ''
 
 def _files_below(place:Path)->Iterator[Path]:
-    "Go through all files below a folder, or take a single file."
+    "Go through all files below a folder, and folders with the names of images, or take a single file."
+    readable = image_extensions()
     if place.is_file(): yield place
-    for folder, _, names in os.walk(place):
-        yield from map(Path(folder).joinpath, sorted(names))
+    for folder, inner, names in os.walk(place):
+        like = [o for o in inner if Path(o).suffix.lower() in readable]
+        yield from map(Path(folder).joinpath, sorted(names+like))
 
 def left_out(
     places:Iterable[Path], # folders, and files; one that is not there holds nothing

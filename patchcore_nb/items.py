@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from .core import *
-from .categories import need_heic
-from .data import Category, Sample, image_size, list_images
+from .categories import image_extensions, need_heic
+from .data import Category, Sample, image_size, list_images, subfolders
 from .folders import said_of_folder
 
 # %% ../nbs/07_any_images.ipynb #d91f3248
@@ -43,8 +43,10 @@ def is_loader(
 def in_folder(
     folder:str|Path,
 )->list[Path]: # images, sorted by name
-    "List the images of a folder, with a warning of those that are not read."
-    found = list_images(folder)
+    "List the images of a folder, and folders called like one, with a warning of those that are not read."
+    readable = image_extensions()
+    odd = [o for o in subfolders(folder) if o.suffix.lower() in readable]
+    found = sorted([*list_images(folder), *odd])
     if said := said_of_folder(Path(folder), found): warnings.warn(said, stacklevel=3)
     return found
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .arrays import scores_and_labels
-from .auc import add_good, add_sorted, area, counts, precision_area
+from .auc import add_good, add_sorted, area, counts, precision_area, tied
 from .evaluation import LIMITS, aupro_names, defects_of, image_aupimos, pixel_metrics, pixel_truth
 
 # %% ../nbs/06a_kinds.ipynb #47a6465a
@@ -62,7 +62,7 @@ def by_kind(
     table = {}
     for kind in sorted(set(kinds[labels])):
         mine = kinds == kind
-        row = _images_of_kind(scores, mine, labels)
+        row = _images_of_kind(tied(scores), mine, labels)
         if masks is not None: row |= _pixels_of_kind(maps[mine], masks[mine], clean, limits)
         row['missed'] = np.nan if threshold is None else float((scores[mine] <= threshold).mean())
         table[kind] = row

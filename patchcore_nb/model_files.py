@@ -27,6 +27,7 @@ from .core import *
 from .data import Preprocess, parse_pixels
 from .estimator import RENAMED
 from .embedding import RUNTIME, Compute, check_compute
+from .fitting import check_search
 from .names import SEARCHES
 from .patchcore import PatchCore
 from .state import as_list, check_learned, check_params, check_tensors, from_state, get_state
@@ -294,7 +295,7 @@ def by_search(
         return values
     SEARCHES.find(wanted.search)()
     calibration = values['learned'].get('calibration')
-    if calibration and wanted.search != own: warnings.warn(f'the threshold was found with search {own}: with {wanted.search} scores are a little different')
+    if (calibration or {}).get('threshold') is not None and wanted.search != own: warnings.warn(f'the threshold was found with search {own}: with {wanted.search} scores are a little different')
     return values | dict(params=params | dict(search=wanted.search))
 
 # %% ../nbs/08_model_files.ipynb #8c06f5e8
@@ -306,6 +307,7 @@ def wake(
 )->PatchCore: # ready to predict
     "Build a model of what was read."
     check_runtime(wanted.runtime)
+    if wanted.search is not None: check_search(wanted.search, len(tensors['memory_bank']))
     try: return from_state(state, tensors, **wanted.runtime)
     except Exception as e:
         asked = wanted.sizes and isinstance(e, ArgumentError)

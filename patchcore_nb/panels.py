@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
+from .characters import printable
 from .plots import CYAN, as_array, as_pixels, check_same_size, outline, overlay, to_colours
 
 # %% ../nbs/09a_panels.ipynb #3a384360
@@ -124,6 +125,7 @@ def panel_title(
 )->str:
     "Say what is known of an image, what was found, what was decided."
     said = [f'score {score:.4g}']
+    kind = printable(kind)
     if len(kind) > 32: kind = kind[:31]+'…'
     if kind: said.insert(0, kind)
     verdict = 'anomalous' if threshold is not None and score > threshold else 'normal'

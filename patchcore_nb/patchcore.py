@@ -68,7 +68,8 @@ class PatchCore(Estimator):
         weights_dir:str|Path|None=None,       # folder with weights files; None: PATCHCORE_NB_WEIGHTS
         device:int|str|torch.device|None=None, # as `pick_device` takes it
         search_device:int|str|torch.device|None=None, # where neighbours are searched; None: on `device`
-        search_threads:int|None=None,         # of a search on the CPU; None: torch's own number
+        search_threads:int|None=None,         # of a search on the CPU; None: num_threads
+        num_threads:int|None=None,            # torch threads, and threads that draw; None: torch's own number, and a thread a core
         batch_size:int=8,                     # images at a time
         num_workers:int=2,                    # threads that read images ahead
         show:bool=False,                      # draw progress bars and say the plan?

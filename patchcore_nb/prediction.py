@@ -21,6 +21,7 @@ from .budget import spilled
 from .core import *
 from .data import Preprocess, to_original
 from .embedder import Embedder
+from .embedding import by_own_threads
 from .items import item_size
 from .scorer import Scorer
 from .survey import warn_of
@@ -108,6 +109,7 @@ def empty_maps(
 
 # %% ../nbs/07d_prediction.ipynb #88249e58
 @usual_torch()
+@by_own_threads
 def score_images(
     embedder:Embedder,
     scorer:Scorer,      # fitted

@@ -7,7 +7,7 @@ __all__ = ['HEADER', 'FILLER', 'NESTS', 'PLAIN_OPS', 'MOST_NESTS', 'REFERENCE_KE
            'REFERENCE_PARAMS', 'REFERENCE_INDEX', 'CALLED', 'write_faiss_flat', 'bad_index', 'check_header',
            'index_shape', 'read_faiss_flat', 'check_program', 'PlainUnpickler', 'is_plain', 'is_plain_list',
            'plain_value', 'read_reference_params', 'usual_resize', 'odd_sizes', 'not_in_reference', 'reference_values',
-           'write_reference', 'our_params', 'read_reference', 'usually_scaled']
+           'write_reference', 'our_params', 'check_stride', 'read_reference', 'usually_scaled']
 
 # %% ../nbs/08_reference_files.ipynb #08805e0a
 import io, pickle, pickletools, struct
@@ -232,6 +232,13 @@ def our_params(
     params = {ours: values[theirs] for ours, theirs in CALLED.items()}
     return params | dict(imagesize=size, resize=usual_resize(size))
 
+def check_stride(
+    path:Path, # for errors
+    stride:int, # cells from one patch to the next
+):
+    "Refuse a model whose patches lie elsewhere than ours."
+    if stride > 1: raise DataError(f"{path} says patchstride {stride}: the reference then takes the patches of deeper layers from other places than we do, so its memory cannot be compared with ours: fit such a model here, by stride={stride}")
+
 def read_reference(
     folder:Path,
     prefix:str='', # of the files' names: "Ensemble-1-2_" for the first member of two
@@ -244,6 +251,7 @@ def read_reference(
     index = folder/f'{prefix}{REFERENCE_INDEX}'
     shape, dim = values['input_shape'], values['target_embed_dimension']
     if len(shape) != 3 or shape[0] != 3: raise DataError(f'{path} is for images of {in_short(shape)}: a shape of three numbers, 3 x height x width, is expected')
+    check_stride(path, values['patchstride'])
     check_own_size(path, dict(params=our_params(values), learned={}))
     m, d = index_shape(index)
     if d != dim: raise DataError(f'{folder} holds patches of {d} values, but its parameters say {dim}: the two files do not belong together')

@@ -42,7 +42,9 @@ def model_said(
     "Say what a model was made of."
     h, w = m['size']
     said = [say(t, 'made_of', h=h, w=w, **m)]
-    seen = m.get('seen', 1) # not known of older runs
+    skipped = m.get('skipped') # not known of older runs, as the next
+    if skipped: said.append(say(t, 'skipped', n=len(skipped), first=skipped[0]))
+    seen = m.get('seen', 1)
     if seen < SEEN_ENOUGH: said.append(say(t, 'seen_part', seen=seen))
     for patches, of, radius in zip(m['patches'], m['of'], m['radius']):
         said.append(say(t, 'remembers_of' if of else 'remembers', patches=patches, of=of))

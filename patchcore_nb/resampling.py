@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .arrays import finite_scores, scores_and_labels
-from .auc import check_limit
+from .auc import check_limit, tied
 from .aupimo import log_budget_at
 from .core import ArgumentError
 from .evaluation import LIMITS, aupro_names, evaluate
@@ -53,6 +53,7 @@ def naive_metrics(
 )->dict[str,np.ndarray]: # metric -> (n,)
     "Take the metrics of each resample by writing its images down: to check others by."
     scores, labels = scores_and_labels(image_scores, labels)
+    scores = tied(scores)
     found = []
     for w in weights:
         picks = np.repeat(np.arange(len(scores)), w)
@@ -213,7 +214,7 @@ def resampled_metrics(
     "Take every metric of every resample."
     scores, labels = scores_and_labels(image_scores, labels, ('image_scores', 'labels'))
     if weights.shape[1:] != scores.shape: raise ArgumentError(f'weights must be (n, B) for B = {scores.size} images, got {weights.shape}: pass those of resamples(labels)')
-    steps = image_steps(weights, scores, labels)
+    steps = image_steps(weights, tied(scores), labels)
     metrics = dict(image_auroc=areas(*steps), image_ap=precision_areas(*steps))
     metrics['image_f1max'] = best_f1s(*steps)
     if rows is None: return metrics

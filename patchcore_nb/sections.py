@@ -226,11 +226,12 @@ def threshold_facts(
 def model_facts(
     model:Detector, # fitted
     category:Category,
-)->dict: # train, good, defective: numbers of images; size (height, width); seen, share of the image; patches, of, radius: a value for each member
+)->dict: # train, good, defective: numbers of images; skipped, what is wrong with each image that could not be read; size (height, width); seen, share of the image; patches, of, radius: a value for each member
     "Say what a category's model was made of."
     members = model.members
     bad = sum(o.label for o in category.test)
     said = dict(train=len(category.train), good=len(category.test)-bad, defective=bad)
+    said['skipped'] = [o.error for o in category.skipped]
     said['size'] = list(model.preprocess_.size)
     said['seen'] = least_seen(model.preprocess_, [o.path for o in category.test])[0]
     said['patches'] = [len(o.memory_bank_) for o in members]

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .characters import printable
 from .ensemble import Ensemble
 from .patchcore import PatchCore
 from .plots import as_pixels, colour_range, overlay, seen_square, to_colours
@@ -59,7 +60,7 @@ def short_name(
 )->str: # "broken_tooth/003.png"
     "Take the end of a path: kind and file."
     end = Path(path).parts[-2:]
-    return '/'.join(end)
+    return printable('/'.join(end))
 
 def image_name(
     item,  # a path, or an image of any kind

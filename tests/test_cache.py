@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +13,11 @@ import torch
 import torchvision
 from PIL import Image
 
-from patchcore_nb import cache, embedder
+from patchcore_nb import cache, embedder, filterbank
 from patchcore_nb.cache import Cache
 from patchcore_nb.cli import main
-from patchcore_nb.core import DataError
-from patchcore_nb.data import load_category, make_miniature
+from patchcore_nb.core import ArgumentError, DataError
+from patchcore_nb.data import TURNS, load_category, make_miniature
 from patchcore_nb.extractor import Extractor
 from patchcore_nb.names import BACKBONES
 from patchcore_nb.patchcore import PatchCore
@@ -129,9 +130,57 @@ def test_changed_code_misses(tile, kept, monkeypatch):
     model(kept, 'resnet18').fit(tile)
     assert len(files(kept)) == 2*n and len({*kept.iterdir()}) == 2
 
-def test_the_code_that_counts(tile, kept):
-    recipe = model(kept, 'resnet18').check().embedder_.recipe()['code']
-    assert {*(f'patchcore_nb.{o}' for o in ('aggregator.Aggregator', 'extractor.Extractor', 'crop.Preprocess', 'core.to_tensor', 'embedder.Embedder')), 'torch', 'torchvision', 'pillow'} <= set(recipe)
+def test_the_code_that_counts(tmp_path, backbone):
+    "Every file of ours that an image goes through, from its bytes to its embedding."
+    seen = set()
+    def note(frame, event, arg):
+        path = Path(frame.f_code.co_filename)
+        if path.parent == Path(cache.__file__).parent: seen.add(path.stem)
+    Image.fromarray(np.arange(80*80, dtype=np.uint16).reshape(80, 80)).save(tmp_path/'deep.png')
+    e = model(None, backbone, value_range=(0, 4095), preprocessing='conv', aggregation='mlp', distance='cosine').check().embedder_
+    images = [tmp_path/'deep.png', np.zeros((80, 80, 3), np.uint8), torch.zeros(1, 80, 80), Image.new('P', (80, 80))]
+    sys.setprofile(note)
+    try: e.forward(torch.stack([e.read((o, turn)) for o in images for turn in TURNS]))
+    finally: sys.setprofile(None)
+    code = e.recipe()['code']
+    assert {'bit_depth', 'batching', 'core', 'crop', 'extractor', 'aggregator'} <= seen <= {o.split('.')[1] for o in code if o.startswith('patchcore_nb.')}
+    assert {'torch', 'torchvision', 'pillow', 'pillow-heif'} <= code.keys()
+
+class Bank(torch.nn.Module):
+    "A backbone with what no state dict tells."
+    def __init__(self, dilation=1, wavelength=4., hidden=1., plain=1., act=None):
+        super().__init__()
+        self.wavelength, self.plain, self.act = wavelength, torch.tensor(plain), act or (lambda x: x)
+        self.register_buffer('hidden', torch.tensor(hidden), persistent=False)
+        self.layer = torch.nn.Conv2d(3, 8, 3, 8, 2, dilation)
+        torch.nn.init.constant_(self.layer.weight, .1), torch.nn.init.zeros_(self.layer.bias)
+    def forward(self, x): return self.layer(self.act(x*self.hidden*self.plain)+torch.sin(x*self.wavelength))
+
+@pytest.mark.parametrize('told', [dict(dilation=2), dict(wavelength=5.), dict(hidden=2.), dict(plain=2.), dict(act=torch.abs)])
+def test_what_no_state_dict_tells_is_asked_for(tile, kept, monkeypatch, told):
+    "Under the same name and with the same weights, another network: old embeddings are passed over, and models are not merged."
+    def fitted(kept, told):
+        monkeypatch.setitem(BACKBONES, 'bank', lambda: Bank(**told))
+        return PatchCore('bank', ['layer'], target_dim=32, device='cpu', imagesize=64, resize=70, cache=kept).fit(tile)
+    first, other, fresh = fitted(kept, {}), fitted(kept, told), fitted(None, told)
+    same(other, fresh)
+    assert not torch.equal(other.memory_bank_, first.memory_bank_)
+    assert first.embedder_.identified.weights_sha256 == other.embedder_.identified.weights_sha256
+    with pytest.raises(ArgumentError, match='network_sha256 differ'): first.merge(other)
+
+def test_the_filters_of_a_filter_bank_count(tile, kept, monkeypatch):
+    first = model(kept).fit(tile)
+    monkeypatch.setattr(filterbank, 'gabors', lambda n, real=filterbank.gabors: real(n, wavelength=5.))
+    other = model(kept).fit(tile)
+    same(other, model(None).fit(tile))
+    assert not torch.equal(first.memory_bank_, other.memory_bank_)
+
+TELL = 'import json, sys; from patchcore_nb.build import create_backbone; from patchcore_nb.cache import digest_network; print(json.dumps([digest_network(create_backbone(o, "random")) for o in sys.argv[1:]]))'
+
+def test_what_a_network_is_is_said_alike_in_every_process():
+    names = ['filterbank', 'resnet18', 'timm:vit_tiny_patch16_224', 'timm:efficientnet_b0', 'torchvision:swin_t']
+    said = [subprocess.run([sys.executable, '-c', TELL, *names], capture_output=True, text=True, check=True, env=os.environ | dict(PYTHONHASHSEED=o)).stdout for o in '12']
+    assert said[0] == said[1] and len(set(said[0].split(', '))) == len(names)
 
 def test_a_backbone_from_a_notebook_that_has_changed_misses(tile, kept, monkeypatch):
     def banks(factor):
@@ -200,9 +249,30 @@ def test_swapped_files_are_found(tile, kept):
 def test_deleting_is_safe(tile, kept):
     m = model(kept).fit(tile)
     for p in sorted(files(kept))[::2]: p.unlink()
-    for name in ('memory_bank_', 'anchor_dists_'): torch.testing.assert_close(getattr(model(kept).fit(tile), name), getattr(m, name)) # other batches, other last digits
+    same(model(kept).fit(tile), m)
     shutil.rmtree(kept)
     same(model(kept).fit(tile), m)
+
+def test_however_much_is_there(tile, kept, backbone):
+    "No cache, an empty one, one with any of the files, a full one: the same bytes of memory and of scores."
+    train, test = tile.train[:4], tile.test[:2]
+    wanted = model(None, backbone, batch_size=3).fit(train)
+    scores = wanted.predict(test).anomaly_maps
+    def agree():
+        m = model(kept, backbone, batch_size=3).fit(train)
+        same(m, wanted)
+        assert torch.equal(m.predict(test).anomaly_maps, scores)
+    agree()
+    contents = {p: p.read_bytes() for p in files(kept)}
+    for fill in range(0, 2**len(contents), 5): # of 128 ways, every fifth
+        for i, (p, b) in enumerate(contents.items()):
+            if fill >> i & 1: p.write_bytes(b)
+            else: p.unlink(missing_ok=True)
+        agree()
+
+def test_what_was_computed_in_a_shorter_batch_is_not_handed_out_in_a_longer_one(tile, kept):
+    for n in (1, 2, 3): same(model(kept, 'resnet18', ratio=1., sampler='identity').fit(tile.train[:n]), model(None, 'resnet18', ratio=1., sampler='identity').fit(tile.train[:n]))
+    same(model(kept, 'resnet18', batch_size=3).fit(tile), model(None, 'resnet18', batch_size=3).fit(tile))
 
 def test_a_folder_that_cannot_be(tile, tmp_path):
     (tmp_path/'file').write_text('')

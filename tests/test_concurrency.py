@@ -1,6 +1,10 @@
 "Settings of the process end as they began, and shares of work come to their end, however calls overlap."
+import contextlib
 import multiprocessing
+import os
 import random
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -118,9 +122,34 @@ def test_a_forked_process_has_threads_of_its_own(threads):
         queue = context.Queue()
         child = context.Process(target=forked, args=[queue])
         child.start()
-        assert queue.get(timeout=60) == (1000, threads)
+        assert queue.get(timeout=60) == (1000, 1) # it works alone
         child.join(60)
         assert child.exitcode == 0 and not [o.result() for o in busy if o.result()]
+
+FORKS = """
+import multiprocessing, os, sys
+import numpy as np, torch
+from patchcore_nb.patchcore import PatchCore
+images = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), np.uint8)
+model = PatchCore(sys.argv[1], weights=sys.argv[2], imagesize=64, resize=64, target_dim=64, ratio=.5, device='cpu').fit(images)
+wanted = model.predict(images).image_scores
+def ask(i=0): return torch.allclose(model.predict(images).image_scores, wanted, rtol=1e-5)
+if sys.argv[3] == 'pool':
+    with multiprocessing.get_context('fork').Pool(2) as pool: print(torch.get_num_threads(), all(pool.map_async(ask, range(3)).get(100)))
+else:
+    child = os.fork()
+    if not child: os._exit(0 if ask() else 1)
+    print(torch.get_num_threads(), os.waitpid(child, 0)[1] == 0)
+"""
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='this operating system cannot fork')
+@pytest.mark.parametrize('backbone, weights, how', [('filterbank', 'pretrained', 'fork'), ('resnet18', 'random', 'pool')])
+def test_a_forked_process_predicts(backbone, weights, how):
+    "The parent has used several threads, which the child does not have; it would wait for them for ever."
+    with subprocess.Popen([sys.executable, '-W', 'ignore', '-c', FORKS, backbone, weights, how], stdout=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS='2'), start_new_session=True) as run:
+        try: assert run.communicate(timeout=300)[0] == '2 True\n'
+        finally:
+            with contextlib.suppress(ProcessLookupError): os.killpg(run.pid, signal.SIGKILL) # the child, too
 
 def test_the_plain_product_in_threads(threads):
     "The same bits for any number of threads, also from several threads at once."

@@ -201,16 +201,33 @@ def test_what_a_number_of_held_out_images_promises(n, confidence, promise, recwa
     assert len(m.held_) == n and m.calibration_.promise == promise and (m.threshold_ is None) == (promise is None)
     assert bool([o for o in recwarn if 'held-out images are too few' in str(o.message)]) == (promise != 'confidence' and confidence is not None)
 
-def test_an_approximate_threshold_goes_silently():
-    "Nobody held anything out for it; the memory that it was found in is gone."
+def test_an_approximate_threshold_goes_with_a_word():
+    "The patches of the images that set it are gone."
     many = np.random.default_rng(6).integers(0, 256, (20, 64, 64, 3), np.uint8)
+    fitted = model().fit(many[:19])
+    assert fitted.calibration_.promise == 'approximate' and fitted.threshold_ > 0 and model().fit(many[:18]).threshold_ is None
+    for change in (lambda: fitted.shrink(.05), lambda: copy.deepcopy(fitted).forget(0), lambda: copy.deepcopy(fitted).partial_fit(many[19:]), lambda: fitted.merge(fitted)):
+        with pytest.warns(UserWarning, match='approximate one, which only fit finds: the model has none now'): assert change().calibration_ is None
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        fitted = model().fit(many[:19])
-        assert fitted.calibration_.promise == 'approximate' and fitted.threshold_ > 0 and model().fit(many[:18]).threshold_ is None
-        assert fitted.shrink(.05).calibration_ is None
-        assert clone(fitted).fit(many[:19]).forget(0).calibration_ is None
-        assert clone(fitted).fit(many[:19]).partial_fit(many[19:]).calibration_ is None
+        assert model().fit(many[:18]).shrink(.05).threshold_ is None # there was none
+
+def test_what_cannot_be_learned_on_is_refused():
+    m = model(denoise=.1).fit(IMAGES[:4])
+    before = m.fitted_
+    with pytest.raises(ArgumentError, match=r'denoise=0.1: fit anew'): m.partial_fit(IMAGES[4:6])
+    assert m.fitted_ is before
+    assert model(denoise=.1).partial_fit(IMAGES[:4]).is_fitted # which is a fit
+
+@pytest.mark.parametrize('name, values', [('false_alarms', (.05, .1)), ('false_alarms', (.05, None)), ('confidence', (.9, None))])
+def test_members_that_wish_for_different_thresholds_are_refused(name, values):
+    apart = Ensemble([model(**{name: o}) for o in values])
+    for ask in (apart.check, lambda: apart.fit(IMAGES)):
+        with pytest.raises(ArgumentError, match=f'{name} of the members differ'): ask()
+    assert not any(o.is_fitted for o in apart.members) and apart.set_params(**{name: values[0]}).check()
+
+def test_filters_are_not_multiplied_by_eight_bits():
+    with pytest.raises(ArgumentError, match='FilterBank is not computed in bfloat16.*pass precision float32'): PatchCore('filterbank', ['layer2'], precision='bfloat16', **SMALL).check()
 
 def test_thresholds_follow_the_memory():
     rng = np.random.default_rng(2)
@@ -266,6 +283,15 @@ def test_merge():
     assert len(a.memory_bank_)+len(b.memory_bank_) < len(c.memory_bank_) and len(a.memory_bank_) == 19 # a itself is as it was
     for kw, word in [(dict(seed=1), 'weights_sha256'), (dict(patchsize=5), 'patchsize'), (dict(imagesize=56), 'imagesize')]:
         with pytest.raises(ArgumentError, match=word): a.merge(model(**kw).fit(IMAGES[3:5]))
+
+def test_models_of_different_ranges_are_told_what_to_do():
+    deep = np.random.default_rng(1).integers(0, 4000, (6, 64, 64), np.uint16)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        one, other = model().fit(list(deep[:3])), model().fit(list(deep[3:]//2))
+        with pytest.raises(ArgumentError, match='different value_range.*fit both with the same one'): one.merge(other)
+        pair = [model(value_range=(0, 4095)).fit(list(o)) for o in (deep[:3], deep[3:]//2)]
+        assert pair[0].merge(pair[1]).n_images_ == 6
 
 def test_merged_models_are_calibrated_by_what_all_held_out():
     many = np.random.default_rng(7).integers(0, 256, (100, 64, 64, 3), np.uint8)

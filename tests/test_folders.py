@@ -19,7 +19,7 @@ from patchcore_nb.items import as_items
 from patchcore_nb.miniatures import make_layout
 from patchcore_nb.names import MASK_THRESHOLDS
 from patchcore_nb.patchcore import PatchCore
-from patchcore_nb.results import digest_category
+from patchcore_nb.resume import digest_category
 
 TESTDATA = pytest.mark.skipif('PATCHCORE_NB_TESTDATA' not in __import__('os').environ, reason='PATCHCORE_NB_TESTDATA is not set')
 WHOLE = Preprocess((72, 72), None)

@@ -268,6 +268,11 @@ def texts():
             outputs = [o.get('text') or {k: v for k, v in o.get('data', {}).items() if k.startswith('text/')} for o in cell.get('outputs', [])]
             yield path.name, cell.source + json.dumps(outputs)
 
+def test_no_state_of_widgets():
+    "It shows nothing without the kernel that made it; `tools/execute.py` stores none."
+    kept = [p.name for p in NOTEBOOKS if any(o in p.read_text(encoding='utf-8') for o in ('"application/vnd.jupyter.widget-state+json"', '"application/vnd.jupyter.widget-view+json"'))]
+    assert not kept
+
 def test_no_path_of_one_machine():
     "Nothing names a home, work or temporary folder of the machine that it was written on."
     own = re.compile(r'(?<![\w.~])/(?:home|Users|root|work|tmp|var/folders)/\w|[A-Z]:\\+Users\\')

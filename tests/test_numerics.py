@@ -4,6 +4,7 @@ import torch
 
 from patchcore_nb import anchors, approximate, samplers, search
 from patchcore_nb.approximate import Fast
+from patchcore_nb.auc import auroc, tied
 from patchcore_nb.core import DataError, generator, limit_threads
 from patchcore_nb.data import load_category
 from patchcore_nb.extractor import create_backbone
@@ -79,6 +80,25 @@ def test_batches_do_not_matter(fitted, sieve, size):
         other = fitted.predict([items[i] for i in order])
     finally: fitted.batch_size = before
     agree(scores(other), [o[order] for o in scores(first)])
+
+@pytest.mark.parametrize('how', ['exact', 'fast'])
+@pytest.mark.parametrize('backbone', ['filterbank', 'resnet18'])
+def test_an_image_has_one_score_in_every_batch(sieve, backbone, how):
+    "Alone, among others, at any place: to a millionth, so that copies of it are ties."
+    small = dict(weights='random', resize=64, imagesize=64, target_dim=256, device='cpu', search=how)
+    m = PatchCore(backbone, ratio=.5, **small).fit([s.path for s in sieve.train[:8]])
+    a, b, c = (s.path for s in sieve.test[::6][:3])
+    items = [a, b, c, a, c, a, b, a, a] # of which the last is alone in a batch of 8, or of 2
+    found = []
+    for size in (1, 2, 7, 8):
+        m.batch_size = size
+        found.append(m.predict(items).image_scores.double())
+    scores = torch.stack(found)
+    for kind in (a, b, c):
+        own = scores[:, [o == kind for o in items]]
+        assert float(own.max()/own.min()-1) <= 1e-6
+    assert len(set(tied(scores.flatten().numpy()))) == 3
+    assert auroc(scores[:, 0].repeat(2)*(1+1e-7*torch.arange(8)), [True]*4+[False]*4) == .5 # copies of one image
 
 def test_threads_do_not_matter(fitted, sieve):
     items, threads = [s.path for s in sieve.test[::3]], torch.get_num_threads()

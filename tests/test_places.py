@@ -7,7 +7,7 @@ import pytest
 from patchcore_nb.base import ArgumentError
 from patchcore_nb.cli import main
 from patchcore_nb.demo import make_demo
-from patchcore_nb.results import run_folder
+from patchcore_nb.results_folder import new_folder
 from patchcore_nb.saved import predict_main
 
 PARTS = ('patch_core', '-b', 'filterbank', '-le', 'layer2', 'sampler', '-p', '0.01', 'approx_greedy_coreset')
@@ -22,15 +22,16 @@ def leave(program, *args):
 @pytest.mark.parametrize('odd', ['../x', '../../x', 'a/../../x', '..', '/x/y'])
 def test_a_group_stays_inside(tmp_path, odd, capfd):
     home = tmp_path/'deep'/'results'
-    with pytest.raises(ArgumentError, match='log_group must be a name below'): run_folder(home, 'p', odd)
-    with pytest.raises(ArgumentError, match='log_project must be a name below'): run_folder(home, odd, 'g')
+    with pytest.raises(ArgumentError, match='log_group must be a name below'): new_folder(home, 'p', odd).__enter__()
+    with pytest.raises(ArgumentError, match='log_project must be a name below'): new_folder(home, odd, 'g').__enter__()
     make_demo(tmp_path/'data', 'cog')
     assert leave(main, '--log_group', odd, home, *PARTS, 'dataset', '-d', 'cog', 'demo', tmp_path/'data') != 0
     assert '--log_group must be a name below' in capfd.readouterr().err
     assert {o.name for o in tmp_path.iterdir()} <= {'deep', 'data'} and not [*home.rglob('*.csv')]
 
 
-def test_groups_may_lie_deeper(tmp_path): assert run_folder(tmp_path, 'p', 'a/b') == tmp_path/'p'/'a'/'b'
+def test_groups_may_lie_deeper(tmp_path):
+    with new_folder(tmp_path, 'p', 'a/b') as folder: assert folder == tmp_path/'p'/'a'/'b'
 
 
 def test_home_is_home(tmp_path, monkeypatch, capfd):
@@ -44,4 +45,4 @@ def test_home_is_home(tmp_path, monkeypatch, capfd):
     model = next((tmp_path/'results').rglob('model.json')).parent
     assert leave(predict_main, f'~/{model.relative_to(tmp_path)}', '~/data/cog/test/good', '-o', '~/said', '--gpu', -1) == 0
     assert (tmp_path/'said'/'scores.csv').is_file() and not (tmp_path/'~').exists()
-    assert run_folder(Path('~/more'), 'p', 'g').is_relative_to(os.environ['HOME'])
+    with new_folder(Path('~/more'), 'p', 'g') as folder: assert folder.is_relative_to(os.environ['HOME'])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from patchcore_nb import saved, store
+from patchcore_nb import files, saved, store
 from patchcore_nb.cli import main
 from patchcore_nb.core import DataError
 from patchcore_nb.data import load_category, make_miniature, read_masks
@@ -282,7 +282,7 @@ def test_predict_chooses_what_to_write(call):
 def test_predict_in_chunks(call, monkeypatch):
     run = fit(call)
     call('predict', f'{run}/models/mvtec_tile data/tile/train/good --gpu -1 -o whole --maps none')
-    monkeypatch.setattr(saved, 'CHUNK', 4)
+    monkeypatch.setattr(files, 'CHUNK', 4)
     call('predict', f'{run}/models/mvtec_tile data/tile/train/good --gpu -1 -o parts --maps none --batch_size 1')
     whole, parts = (pd.read_csv(f'{o}/scores.csv') for o in ('whole', 'parts'))
     assert len(whole) == 6 and whole.image.equals(parts.image) and np.allclose(whole.score, parts.score, rtol=1e-5)

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+import warnings
 from pathlib import Path
 from threading import Thread
 
@@ -263,6 +264,24 @@ def test_the_attacks_are_real(tmp_path):
     {'layers_to_extract_from': [b'layer2']}, {'layers_to_extract_from': ['layer2', 3]}, {'layers_to_extract_from': ['x']*2000}, {'backbone.name': b'resnet18'}, {'backbone.name': ['resnet18']},
     {'backbone.name': 'x'*70000}, {'extra': 1}, {1: 1}, {'patchsize': bytearray(3)}, {'patchsize': 3j}], ids=lambda c: str(c)[:40])
 def test_pickles_of_odd_values(tmp_path, change): refused(read, pickle.dumps(PLAIN | change), tmp_path, says='is refused')
+
+@quiet
+def test_a_model_of_the_reference_with_a_stride_is_refused(model, tmp_path):
+    save(model, tmp_path/'model', 'reference')
+    path = tmp_path/'model'/'patchcore_params.pkl'
+    path.write_bytes(pickle.dumps(pickle.loads(path.read_bytes()) | dict(patchstride=2)))
+    refused(load, tmp_path/'model', says='patchstride 2')
+
+def test_a_search_that_takes_more_patches_is_no_damage(saved):
+    least = SEARCHES['ivfpq'].least
+    assert least > 1
+    with pytest.raises(ArgumentError, match=f'search ivfpq takes a memory bank of at least {least} patches.*or search exact'): load(saved, search='ivfpq')
+
+def test_no_threshold_is_not_warned_of(saved, model, weights):
+    assert model.calibration_ is not None and model.threshold_ is None # six images are too few
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        load(saved, search='fast', weights_dir=weights)
 
 @pytest.mark.parametrize('what', [*PLAIN, [], None, 'abc', [PLAIN], list(PLAIN.items()), {}], ids=lambda o: str(o)[:30])
 def test_pickles_of_other_things(tmp_path, what):

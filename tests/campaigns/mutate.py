@@ -136,7 +136,7 @@ def mutate_tensors(rng, raw):
 
 # Pickles
 
-HOSTILE = [b"cos\nsystem\n(S'touch /tmp/patchcore_nb_was_here'\ntR.", b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x04true\x85R.", b"cbuiltins\neval\n(S'1'\ntR.", b'\x80\x04\x82\x01.', b'\x80\x02cnumpy.core.multiarray\n_reconstruct\n.', b'Ptest\n.', b'\x80\x04'+b'('*10_000+b'.', b'\x80\x04'+b']'*20_000+b'.', b'\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.', b'\x80\x04r\xff\xff\xff\x7f.', b'\x80\x04L'+b'9'*60_000+b'L\n.']
+HOSTILE = [b"cos\nsystem\n(S'touch patchcore_nb_was_here'\ntR.", b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x04true\x85R.", b"cbuiltins\neval\n(S'1'\ntR.", b'\x80\x04\x82\x01.', b'\x80\x02cnumpy.core.multiarray\n_reconstruct\n.', b'Ptest\n.', b'\x80\x04'+b'('*10_000+b'.', b'\x80\x04'+b']'*20_000+b'.', b'\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.', b'\x80\x04r\xff\xff\xff\x7f.', b'\x80\x04L'+b'9'*60_000+b'L\n.']
 
 def mutate_pickle(rng, raw):
     "Hostile instructions, other values, or other bytes."
