@@ -19,7 +19,7 @@ import common  # noqa: E402
 from common import End  # noqa: E402
 
 NAMES = sorted(o.stem for o in HOME.glob('*.py') if 'common.arguments(' in o.read_text(encoding='utf-8'))
-FEW = dict(models='--n 10', images='--n 16', kills='--every 90', names='')
+FEW = dict(models='--n 10', images='--n 16', kills='--every 90', names='--n 1')
 linux = pytest.mark.skipif(not Path('/proc/self/status').exists() or not hasattr(os, 'fork'), reason='forks, and reads /proc')
 
 

@@ -6,7 +6,6 @@ name back from their tables, and leave pictures that open and pages and a termin
 import csv
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -23,8 +22,6 @@ ACTS = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-
 PARTS = 'image', 'kind of defect', 'category', 'model'
 LONG = 240 # seconds that three programs may take on a machine with others at work
 CORE = '-b filterbank -le layer2 --pretrain_embed_dimension 32 --target_embed_dimension 32 sampler -p 0.1 approx_greedy_coreset'
-MAIN = "import sys; from patchcore_nb.{} import {} as f; f(sys.argv[1:])"
-PROGRAMS = dict(run=MAIN.format('cli', 'main'), evaluate=MAIN.format('saved', 'evaluate_main'), predict=MAIN.format('saved', 'predict_main'))
 
 
 def make_set(home, category, kind, name):
@@ -37,11 +34,21 @@ def make_set(home, category, kind, name):
         pixels = np.random.default_rng(i).integers(90, 130, (64, 64, 3), np.uint8)
         Image.fromarray(pixels).save(path/(name if i == 5 else f'{i}.png'), 'PNG')
 
+def programs():
+    "The three programs, which the processes to come have loaded then."
+    from patchcore_nb import cli, experiment, report, saved, store # noqa: F401
+    return dict(run=cli.main, evaluate=saved.evaluate_main, predict=saved.predict_main)
+
 def call(program, home, *words):
-    "Run a program; what is wrong with how it ended and what it said."
-    done = subprocess.run([sys.executable, '-c', PROGRAMS[program], *words], cwd=home, capture_output=True)
-    said = (done.stdout+done.stderr).decode('utf-8', 'surrogateescape')
-    if done.returncode: return End('OTHER STATUS', f'{program} {done.returncode}: {said[-300:]!r}')
+    "Run a program in this process; what is wrong with how it ended and what it said."
+    os.chdir(home)
+    with open(home/f'{program}.said', 'wb') as f:
+        for i in (1, 2): os.dup2(f.fileno(), i)
+    try: programs()[program](list(words))
+    except SystemExit as e: status = e.code or 0
+    for o in (sys.stdout, sys.stderr): o.flush()
+    said = (home/f'{program}.said').read_bytes().decode('utf-8', 'surrogateescape')
+    if status: return End('OTHER STATUS', f'{program} {status}: {said[-300:]!r}')
     if ACTS.search(said.replace('\r\n', '\n').replace('\r', '')): return End('ACTED ON THE TERMINAL', f'{program}: {said[-300:]!r}')
 
 def look(folder):
@@ -84,7 +91,10 @@ def work(job):
 def campaign(asked, home):
     "Try each name in each part; how it ended."
     tally, jobs = common.Tally(), []
-    common.EXECUTES = () # programs are started, and write
+    common.EXECUTES = () # programs write
+    import torch
+    torch.set_num_threads(1)
+    programs()
     for i, name in enumerate(NAMES[:asked.n]):
         for part in PARTS:
             place = home/f'{i}_{part.split()[0]}'
