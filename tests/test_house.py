@@ -268,6 +268,12 @@ def texts():
             outputs = [o.get('text') or {k: v for k, v in o.get('data', {}).items() if k.startswith('text/')} for o in cell.get('outputs', [])]
             yield path.name, cell.source + json.dumps(outputs)
 
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_no_notebook_silences_others(path):
+    "Several run in one process: what is done to warnings is done within a context."
+    lines = [line for c in nbformat.read(path, 4).cells if c.cell_type == 'code' for line in c.source.splitlines()]
+    assert not [o for o in lines if re.match(r'warnings\.(simplefilter|filterwarnings)', o)]
+
 def test_no_state_of_widgets():
     "It shows nothing without the kernel that made it; `tools/execute.py` stores none."
     kept = [p.name for p in NOTEBOOKS if any(o in p.read_text(encoding='utf-8') for o in ('"application/vnd.jupyter.widget-state+json"', '"application/vnd.jupyter.widget-view+json"'))]
