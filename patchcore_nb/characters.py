@@ -96,7 +96,7 @@ def legal_name(
 )->str: # itself, if there is nothing odd about it
     "Make a name that any file system takes, and that no other name is made into."
     stem = name.removesuffix(ending)
-    legal = _ILLEGAL.sub('_', stem)
+    legal = '_' if name in ('.', '..') else _ILLEGAL.sub('_', stem) # which would be other folders
     if legal == stem and size_of_name(name) <= most: return name
     tag = '~'+hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]
     return shortened(legal, most-len(tag)-size_of_name(ending))+tag+ending

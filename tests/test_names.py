@@ -179,7 +179,8 @@ def test_a_category_of_any_name_has_a_key_that_is_a_file():
     keys = [Category('csv', o, []).key for o in (*NAMES, CATEGORY, 'screw', 'a/b')]
     assert len(set(keys)) == 43 and keys[-2:] == ['csv_screw', 'csv_a/b']
     assert all(size_of_name(o) <= 200 and not ACTS.search(o) for o in keys)
-    assert legal_name('x.png') == 'x.png'
+    assert legal_name('x.png') == 'x.png' and {'.', '..'}.isdisjoint(map(legal_name, ('.', '..')))
+    assert '..' not in Path(Category('mvtec', 'a/../..', []).key).parts
 
 def test_what_a_run_was_asked_for_may_hold_any_name(tmp_path):
     "It is told apart, and written as ASCII."
