@@ -9,6 +9,7 @@ __all__ = ['STEPS', 'build_extractor', 'DryRun', 'dry_run', 'check_patchsizes', 
 # %% ../nbs/07a_embedder.ipynb #9f087637
 import copy, dataclasses, math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from .core import *
 from .data import TURNS, Preprocess, batches
 from .embedding import Compute, Embedding, check_compute, essence, settle
 from .extractor import Extractor, create_backbone, map_shapes
-from .looked_up import remembered
+from .looked_up import least_in_batch, remembered
 from .maps import Lattice, make_maps
 
 # %% ../nbs/07a_embedder.ipynb #7cf988ab
@@ -148,16 +149,12 @@ def embed(self:Embedder,
 @torch.inference_mode()
 def forward(self:Embedder,
     images:Tensor, # (B, 3, H, W) normalised
+    least:int=1,   # 2: an image alone goes in twice
 )->Tensor: # (B, h, w, D), on the device
-    "Embed a batch; each image as in any other batch, but for rounding."
+    "Embed a batch."
     images = images.to(self.device_)
-    if len(images) != 1: return self.embed(images)
-    alone = self.__dict__.get('_alone', True) # may an image stay alone?
-    if alone: patches = self.embed(images)
-    if alone and '_alone' in self.__dict__: return patches
-    among = self.embed(images.expand(2, -1, -1, -1))[:1]
-    if alone: self._alone = torch.equal(patches, among)
-    return among
+    if len(images) >= least: return self.embed(images)
+    return self.embed(images.expand(least, -1, -1, -1))[:1].contiguous()
 
 # %% ../nbs/07a_embedder.ipynb #13373944
 @patch(as_prop=True)
@@ -193,8 +190,10 @@ def __call__(self:Embedder,
     "Embed images, batch by batch."
     how = self.how
     cache = Cache(how.cache, self.recipe()) if how.cache else None
-    by_cache = (self.read, self.forward, items, how.batch_size, how.num_workers)
-    fresh = map(self.forward, batches(items, self.read, how.batch_size, how.num_workers))
+    least = least_in_batch(len(items), how.batch_size)
+    embed = partial(self.forward, least=least)
+    by_cache = (self.read, embed, items, how.batch_size, how.num_workers)
+    fresh = map(embed, batches(items, self.read, how.batch_size, how.num_workers))
     with progress(None, word, len(items), how.show) as bar:
         for patches in remembered(cache, *by_cache) if cache else fresh:
             yield patches.to(self.device_)

