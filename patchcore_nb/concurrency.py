@@ -50,11 +50,13 @@ def in_new_thread(
     with ThreadPoolExecutor(1) as pool: return pool.submit(work, *args).result()
 
 _setting_threads = lock_across_forks()
+_begun_by = os.getpid() # a forked process has another number, and torch's threads are not in it
 
 def set_own_threads(
     n:int, # torch threads of the thread that calls
 ):
     "Set how many torch threads this thread uses, and not how many a new thread will use."
+    if os.getpid() != _begun_by: n = 1
     torch.get_num_threads() # from now on this thread has a number of its own
     with _setting_threads:
         others = in_new_thread(torch.get_num_threads)

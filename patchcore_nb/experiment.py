@@ -132,6 +132,8 @@ def report_category(
     return trial.metrics
 
 # %% ../nbs/10_run.ipynb #d360665d
+JUDGED = 'test', 'unlabelled' # parts of a category
+
 def fit_stages(
     model:Detector, # fitted
 )->list[dict]: # plain values
@@ -155,7 +157,7 @@ def one_category(
     pictures = folder/'segmentation_images'/category.key if outputs.pictures else None
     stages = fit_stages(model)+[o._asdict() for o in saving]
     def judge(some): return report_category(model, some, folder, pictures, outputs, stages)
-    return skipping(judge, category, outputs.on_error)[1]
+    return skipping(judge, category, outputs.on_error, JUDGED)[1]
 
 # %% ../nbs/10_run.ipynb #c6f31cf2
 def check_test(category:Category):
@@ -267,8 +269,6 @@ def run_all(
     return done
 
 # %% ../nbs/10_run.ipynb #af0ab993
-JUDGED = 'test', 'unlabelled' # parts of a category
-
 def check_saved(
     models:Sequence[Callable],
     categories:Sequence[Category],

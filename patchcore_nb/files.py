@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .categories import image_extensions
+from .categories import image_extensions, need_heic, open_heic
 from .characters import as_cell, legal_name, numbered
 from .core import *
 from .data import image_size
@@ -296,6 +296,7 @@ def find_images(
 )->list: # paths
     "Find all images; say before the work begins which is wrong, or with \"skip\" if all are."
     items = [o for place in places for o in images_at(place, on_error)]
+    if not open_heic(items) and on_error == 'stop': need_heic(items)
     goes_on = on_error == 'skip' and any(map(has_size, items))
     if goes_on: return items
     for o in items: image_size(o) # which says what is wrong

@@ -76,9 +76,11 @@ def surroundings_of(
     "List what the results depend on beside settings and images."
     said = versions()
     torch = '.'.join(said['torch'].split('.')[:2]) # the last number of a version mends faults
-    weights = [o.embedder_.identified.weights_sha256[:16] for o in model.members]
+    known = [o.embedder_.identified for o in model.members]
+    weights = [o.weights_sha256[:16] for o in known]
+    networks = [o.network_sha256[:16] for o in known]
     ours = dict(patchcore_nb=said['patchcore_nb'], torch=torch)
-    return ours | dict(device=devices_of(model), weights_sha256=weights)
+    return ours | dict(device=devices_of(model), weights_sha256=weights, network_sha256=networks)
 
 @dataclass(frozen=True)
 class Asked:

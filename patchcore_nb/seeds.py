@@ -15,7 +15,7 @@ from .core import *
 from .experiment import Run, run
 from .intervals import over_seeds
 from .prediction import Detector
-from .results import METRICS, read_skipped, with_mean, write_results, write_table
+from .results import METRICS, SETTINGS, read_skipped, with_mean, write_results, write_table
 from .resume import Asked, asked_of, check_same, read_run, run_folder, state_of
 from .results_folder import write_json
 
@@ -63,8 +63,10 @@ def check_seeds_same(
     "Refuse to go on if something has changed since some seeds were done."
     for s, rows in done.groupby('seed'):
         place = folder/f'seed_{s}'
+        was = read_run(place)
+        if was is None: raise DataError(f'{place/SETTINGS} is gone or damaged, and what seed {s} depended on is not known: delete {folder}, or run into another group')
         asked = asked_of(reseeded(model, s).check(), find(s), **wanted)
-        check_same(place, read_run(place), asked, list(rows.index), resume)
+        check_same(place, was, asked, list(rows.index), resume)
 
 def of_seeds(
     done:pd.DataFrame, # as `run_folder` finds it: "seed/category"

@@ -131,7 +131,7 @@ import multiprocessing, os, sys
 import numpy as np, torch
 from patchcore_nb.patchcore import PatchCore
 images = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), np.uint8)
-model = PatchCore(sys.argv[1], weights=sys.argv[2], imagesize=64, resize=64, target_dim=64, ratio=.5, device='cpu').fit(images)
+model = PatchCore(sys.argv[1], weights=sys.argv[2], imagesize=64, resize=64, target_dim=64, ratio=.5, device='cpu', num_threads=int(sys.argv[4]) or None).fit(images)
 wanted = model.predict(images).image_scores
 def ask(i=0): return torch.allclose(model.predict(images).image_scores, wanted, rtol=1e-5)
 if sys.argv[3] == 'pool':
@@ -143,10 +143,10 @@ else:
 """
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='this operating system cannot fork')
-@pytest.mark.parametrize('backbone, weights, how', [('filterbank', 'pretrained', 'fork'), ('resnet18', 'random', 'pool')])
-def test_a_forked_process_predicts(backbone, weights, how):
+@pytest.mark.parametrize('backbone, weights, how, threads', [('filterbank', 'pretrained', 'fork', '0'), ('resnet18', 'random', 'pool', '0'), ('filterbank', 'pretrained', 'fork', '2')])
+def test_a_forked_process_predicts(backbone, weights, how, threads):
     "The parent has used several threads, which the child does not have; it would wait for them for ever."
-    with subprocess.Popen([sys.executable, '-W', 'ignore', '-c', FORKS, backbone, weights, how], stdout=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS='2'), start_new_session=True) as run:
+    with subprocess.Popen([sys.executable, '-W', 'ignore', '-c', FORKS, backbone, weights, how, threads], stdout=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS='2'), start_new_session=True) as run:
         try: assert run.communicate(timeout=300)[0] == '2 True\n'
         finally:
             with contextlib.suppress(ProcessLookupError): os.killpg(run.pid, signal.SIGKILL) # the child, too

@@ -113,7 +113,7 @@ def test_new_runs_hold_their_folder(tmp_path, monkeypatch):
     data = make_miniature(tmp_path/'data', n_train=4)
     seen = []
     forward = embedder.Embedder.forward
-    monkeypatch.setattr(embedder.Embedder, 'forward', lambda *a: seen.append(len([*tmp_path.rglob(LOCK)])) or forward(*a))
+    monkeypatch.setattr(embedder.Embedder, 'forward', lambda *a, **kw: seen.append(len([*tmp_path.rglob(LOCK)])) or forward(*a, **kw))
     tile = [load_category('mvtec', data, 'tile')]
     run(small(), tile, tmp_path/'r', report=False)
     assert set(seen) == {1}
@@ -338,7 +338,7 @@ def test_threads_are_those_that_were_asked_for(tmp_path, monkeypatch, capfd):
     before = torch.get_num_threads()
     seen, drawing = set(), set()
     forward, ahead, judged = embedder.Embedder.forward, results.read_ahead, experiment.Trial
-    monkeypatch.setattr(embedder.Embedder, 'forward', lambda *a: seen.add(torch.get_num_threads()) or forward(*a))
+    monkeypatch.setattr(embedder.Embedder, 'forward', lambda *a, **kw: seen.add(torch.get_num_threads()) or forward(*a, **kw))
     monkeypatch.setattr(results, 'read_ahead', lambda f, jobs, n, depth: drawing.add(n) or ahead(f, jobs, n, depth))
     monkeypatch.setattr(experiment, 'Trial', lambda *a: seen.add(torch.get_num_threads()) or judged(*a))
     status, lines = call(command(tmp_path, '--num_threads', before+2, '--save_segmentation_images'), capfd)

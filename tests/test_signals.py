@@ -17,9 +17,9 @@ ignored, number = (int(o) for o in sys.argv[1:3])
 if ignored: signal.signal(number, signal.SIG_IGN)
 import patchcore_nb.embedder as embedder
 forward = embedder.Embedder.forward
-def asked(self, *args): # the signal comes while images are embedded
+def asked(self, *args, **kw): # the signal comes while images are embedded
     os.kill(os.getpid(), number)
-    return forward(self, *args)
+    return forward(self, *args, **kw)
 embedder.Embedder.forward = asked
 cli.main(sys.argv[3:])
 '''

@@ -96,7 +96,12 @@ def finish(pid, into, late):
     return End(**json.loads(said))
 
 def in_children(work, jobs, workers=2, seconds=SECONDS, quiet=True):
-    "Do each job in a process of its own, some at a time; yields the job and how it ended."
+    "Do each job in a process of its own, some at a time; yields the job and how it ended. Ctrl-C is the end of the jobs."
+    try: yield from each(work, jobs, workers, seconds, quiet)
+    except KeyboardInterrupt: print('interrupted: what follows is of the cases so far', file=sys.stderr)
+
+def each(work, jobs, workers, seconds, quiet):
+    "The same; Ctrl-C is an error."
     jobs, running, select = iter(jobs), {}, selectors.DefaultSelector()
     while True:
         while len(running) < workers and (job := next(jobs, None)) is not None:

@@ -23,6 +23,7 @@ TENSOR_FILE, PICKLE = '.safetensors', '.pkl'
 
 def make_models(home):
     "One model of each group, and what it makes of some images."
+    import encodings.raw_unicode_escape, timm # noqa: F401 - which a file would make it import
     import numpy as np
     import torch
     from patchcore_nb import PatchCore

@@ -148,7 +148,7 @@ def mutate_pickle(rng, raw):
     if what == 2: return rng.choice(BYTES)(rng, raw)
     values = pickle.loads(raw) # our own, before anything was done to it
     name = rng.choice(list(values))
-    values[name] = rng.choice([0, -1, 1, 2, 3, 7, 64, 1000, 65536, 10**9, 10**24, 1.5, None, True, 'x', '', [], [3], (3, 56), (3, 4000, 4000), (3, 65536, 65536), (1, 56, 56), ['layer9'], ['layer2'], 'resnet50', 'x'*50_000, {'a': 1}, b'x'])
+    values[name] = rng.choice([0, -1, 1, 2, 3, 7, 64, 1000, 65536, 10**9, 10**24, 1.5, None, True, 'x', '', [], [3], (3, 56), (3, 4000, 4000), (3, 65536, 65536), (1, 56, 56), ['layer9'], ['layer2'], 'resnet19', 'x'*50_000, {'a': 1}, b'x'])
     return pickle.dumps(values, protocol=rng.choice((0, 2, 4, 5)))
 
 
