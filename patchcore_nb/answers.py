@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ARGUMENTS', 'UNLIKE', 'NONE', 'STARTS', 'QUOTED', 'ENDS', 'VALUE', 'RULE', 'COMPARED', 'CHANGE', 'ABOUT', 'PLACES',
-           'NOTHING', 'LOG_ONLINE', 'OUT_OF_MEMORY', 'NO_MEMORY', 'NO_MEMORY_CODES', 'SPINS', 'ENDING', 'flags_of',
-           'spelling', 'typed_value', 'is_clear', 'as_flags', 'said_in_flags', 'said_by_click', 'says_no_memory',
-           'out_of_memory', 'message', 'in_one_line', 'complain', 'sleep_early', 'Ended', 'end', 'set_aside',
-           'signals_raised', 'signal_status', 'print_warning', 'status_of', 'speak']
+           'NOTHING', 'LOG_ONLINE', 'OUT_OF_MEMORY', 'NO_MEMORY', 'NO_MEMORY_CODES', 'SPINS', 'ENDING', 'HERE',
+           'flags_of', 'spelling', 'typed_value', 'is_clear', 'as_flags', 'said_in_flags', 'said_by_click',
+           'says_no_memory', 'out_of_memory', 'message', 'in_one_line', 'complain', 'sleep_early', 'Ended', 'end',
+           'set_aside', 'signals_raised', 'signal_status', 'above_bars', 'told_in_flags', 'print_warning', 'status_of',
+           'speak']
 
 # %% ../nbs/12_answers.ipynb #7cadd893
 import contextlib, errno, os, re, shlex, signal, sys, threading, warnings
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 
 import click
 
+import patchcore_nb
 from .base import *
 from .characters import printable, say
 
@@ -235,9 +237,29 @@ def signal_status(
     return 128+getattr(first, 'number', signal.SIGINT)
 
 # %% ../nbs/12_answers.ipynb #75d3e987
-def print_warning(message, category, *args, **kw):
+HERE = os.path.join(os.path.dirname(patchcore_nb.__file__), '') # where our own warnings come from
+
+def above_bars()->contextlib.AbstractContextManager:
+    "Clear progress bars for a while, if there are any; they come back below."
+    tqdm = sys.modules.get('tqdm') # if nobody has imported it, there are none
+    return tqdm.tqdm.external_write_mode(sys.stderr) if tqdm else contextlib.nullcontext()
+
+def told_in_flags(
+    warning:Warning,
+    category:type, # of it
+    filename:str,  # where it came from
+    flags:dict[str,click.Option], # as `flags_of` finds them
+)->str: # one line
+    "Tell a warning of the library in flags; those of others, and the names of files, stay as they are."
+    text = str(warning)
+    if not filename.startswith(HERE): return ' '.join(text.split())
+    return text if issubclass(category, SkippedWarning) else as_flags(text, flags)
+
+def print_warning(
+    text:str,
+):
     "Print a warning as one line on the standard error."
-    say(f'warning: {printable(str(message))}')
+    with above_bars(): say(f'warning: {printable(text)}')
 
 def status_of(
     command:click.Command, # to run
@@ -267,10 +289,9 @@ def speak(
     show = warnings.showwarning
     typed = sys.argv[1:] if args is None else args
     told = set() # a line comes once, also where several seeds look at the same files
-    def print_in_flags(message, category, *args, **kw):
-        is_of_names = issubclass(category, SkippedWarning) # which may look like arguments
-        text = str(message) if is_of_names else as_flags(str(message), flags_of(command, typed))
-        if text not in told: print_warning(text, category)
+    def print_in_flags(message, category, filename, *args, **kw):
+        text = told_in_flags(message, category, filename, flags_of(command, typed))
+        if text not in told: print_warning(text)
         told.add(text)
     warnings.showwarning = print_in_flags
     try:

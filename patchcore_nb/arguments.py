@@ -6,7 +6,7 @@
 __all__ = ['APART', 'stride_of', 'core_arguments', 'sampler_arguments', 'data_arguments', 'given_arguments', 'of_preset',
            'check_crop', 'check_sampler', 'check_confidence', 'check_arguments', 'check_weights', 'layer_of',
            'layers_of', 'threads_at_most', 'search_device_of', 'compute_arguments', 'model_arguments', 'make_model',
-           'dataset_arguments', 'find_categories', 'sizes_for', 'check_folders', 'saved_models']
+           'dataset_arguments', 'find_categories', 'first_shape', 'sizes_for', 'check_folders', 'saved_models']
 
 # %% ../nbs/12_arguments.ipynb #c861949c
 import warnings
@@ -240,18 +240,29 @@ def find_categories(
     except OSError as e: raise DataError(f"{data['data_path']} cannot be read ({e.strerror}): check the path and its permissions") from None
 
 # %% ../nbs/12_arguments.ipynb #39a67bb3
+def first_shape(
+    category, # a `Category`
+    on_error:str='stop', # "skip": pass over images that cannot be read
+)->tuple[int,int]: # (H, W), pixels
+    "Read the shape of the first image."
+    from patchcore_nb.data import image_size
+    samples = category.train or category.test
+    for o in samples:
+        try: return image_size(o.path)
+        except DataError:
+            if on_error == 'stop' or o is samples[-1]: raise
+
 def sizes_for(
     data:dict,           # flags of dataset
     category, # a `Category`, whose first image tells its shape, where nothing is cut
+    on_error:str='stop', # "skip": of one that cannot be read, the next
 )->dict: # arguments of `load`
     "Say which image size the flags ask of a saved model; empty, if they ask for none."
-    from patchcore_nb.data import image_size
     check_crop(data)
     names = data['given'] & {'resize', 'imagesize'}
     given = {o: data[o] for o in names}
     if not data['no_crop']: return given
-    first, *_ = category.train or category.test
-    return given | dict(imagesize='whole', shape=image_size(first.path))
+    return given | dict(imagesize='whole', shape=first_shape(category, on_error))
 
 def check_folders(
     loader:dict, # flags of patch_core_loader
@@ -271,7 +282,7 @@ def saved_models(
     from patchcore_nb.store import load
     paths = loader['patch_core_paths']
     if len(paths) == 1 and data['no_crop']: paths = paths*len(categories)
-    sizes = [sizes_for(data, o) if o.train or o.test else {} for o in categories]
+    sizes = [sizes_for(data, o, group['on_error']) if o.train or o.test else {} for o in categories]
     how = compute_arguments(group, loader, data) | dict(search=loader.get('search'))
     ready = partial(load, **how)
     pairs = zip(paths, sizes*len(paths))

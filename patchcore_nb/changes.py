@@ -116,6 +116,7 @@ def numbering(
 
 # %% ../nbs/07f_learning_on.ipynb #d4d980b6
 @usual_torch()
+@by_own_threads
 def forget_images(
     fitted:Fitted,
     images:Sequence, # each a number in `origin`, or whatever `as_items` takes of what was remembered
@@ -129,6 +130,7 @@ def forget_images(
 
 # %% ../nbs/07f_learning_on.ipynb #d0f6d0f8
 @usual_torch()
+@by_own_threads
 def shrink_to(
     fitted:Fitted,
     ratio:float, # part of the patches to remember, (0, 1], at most the one of the fit
@@ -163,6 +165,7 @@ def held_by_any(
     return [x for x in held if digest_image(x) not in known]
 
 @usual_torch()
+@by_own_threads
 def join_models(
     models:Sequence[Fitted], # at least one, of the same embedding
 )->Fitted: # the images of the second are numbered on from those of the first

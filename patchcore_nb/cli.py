@@ -227,6 +227,7 @@ def judge_models(
     group:dict, # flags of the command itself, which is running
 )->int: # exit status
     "Judge saved models in a folder of their own, like a run, and show the results."
+    from patchcore_nb.core import limit_threads
     from patchcore_nb.experiment import Outputs, check_saved, judge_into
     from patchcore_nb.results_folder import new_folder
     loader = flags['patch_core_loader']
@@ -238,7 +239,7 @@ def judge_models(
     categories = find_categories(group['seed'][0], data, need_train=False)
     models = saved_models(group, loader, data, categories)
     outputs = Outputs(**report_arguments(group))
-    categories = check_saved(models, categories, outputs.on_error)
+    with limit_threads(group['num_threads']): categories = check_saved(models, categories, outputs.on_error)
     where = group['results_path'], group['log_project'], group['log_group']
     with new_folder(*where) as folder:
         def place(o): return folder/'segmentation_images'/o.key

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'build_extractor', 'DryRun', 'dry_run', 'check_patchsizes', 'build_aggregator', 'Embedder', 'with_digests',
-           'show_images', 'find_embedder', 'with_turns']
+           'processor_of', 'show_images', 'find_embedder', 'with_turns']
 
 # %% ../nbs/07a_embedder.ipynb #9f087637
 import copy, dataclasses, math
@@ -24,9 +24,10 @@ from .base import as_plain
 from .batching import as_it_is
 from .bit_depth import to_grey
 from .budget import Plan, spilled
-from .cache import Cache, code_state, digest_image, digest_network, digest_tensors
+from .cache import Cache, code_state, digest_image
 from .core import *
 from .data import TURNS, Preprocess, batches
+from .described import digest_tensors, identify_network, is_known
 from .embedding import Compute, Embedding, check_compute, essence, settle
 from .extractor import Extractor, create_backbone, map_shapes
 from .looked_up import least_in_batch, remembered
@@ -170,16 +171,30 @@ def with_digests(
 )->Embedding:
     "Note the digests of a backbone: of its weights, and of what else it is."
     weights = digest_tensors(backbone.state_dict())
-    return dataclasses.replace(what, weights_sha256=weights, network_sha256=digest_network(backbone))
+    return dataclasses.replace(what, weights_sha256=weights, network_sha256=identify_network(backbone))
 
-STEPS = as_plain, to_grey, to_tensor, as_it_is, Preprocess, full_precision, Extractor, Aggregator, Embedder # one of each file of ours that an image goes through
+STEPS = ( # one of each file of ours that an image goes through
+    as_plain, to_grey, to_tensor, as_it_is, Preprocess, full_precision, Extractor, Aggregator, Embedder)
+
+def processor_of(
+    device:torch.device,
+)->str: # such as "cpu AVX2, 2 threads"
+    "Say what computes, as far as it rounds in its own way."
+    if device.type == 'cuda': return f'cuda {torch.cuda.get_device_name(device)}'
+    return f'{device.type} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads'
 
 @patch
 def recipe(self:Embedder)->dict: # plain values
     "List all that an embedding depends on, but for the image."
     modules = {type(o) for o in self.backbone.modules()}
     code = code_state([*STEPS, *modules])
-    return dict(embedding=essence(self.identified), device=self.device_.type, code=code)
+    return dict(embedding=essence(self.identified), device=processor_of(self.device_), code=code)
+
+@patch
+def open_cache(self:Embedder)->Cache|None: # None: none is asked for, or it cannot be said what the network is
+    "Open the cache in which the embeddings are kept."
+    folder = self.how.cache
+    if folder and is_known(self.identified.network_sha256): return Cache(folder, self.recipe())
 
 # %% ../nbs/07a_embedder.ipynb #2c01310e
 @patch
@@ -189,7 +204,7 @@ def __call__(self:Embedder,
 )->Iterator[Tensor]: # (B, h, w, D) for each batch
     "Embed images, batch by batch."
     how = self.how
-    cache = Cache(how.cache, self.recipe()) if how.cache else None
+    cache = self.open_cache()
     least = least_in_batch(len(items), how.batch_size)
     embed = partial(self.forward, least=least)
     by_cache = (self.read, embed, items, how.batch_size, how.num_workers)
@@ -207,7 +222,7 @@ def calibrated(self:Embedder,
     "Calibrate a backbone without weights of its own on the training images."
     if not hasattr(self.backbone, 'calibrate'): return self
     backbone = copy.deepcopy(self.backbone)
-    cache = Cache(self.how.cache, self.recipe()) if self.how.cache else None
+    cache = self.open_cache()
     key = f'{" ".join(map(digest_image, items))} by {self.how.batch_size}' if cache else ''
     if cache and (found := cache.get(key)): backbone.load_state_dict(found)
     else:

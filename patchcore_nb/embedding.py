@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['RUNTIME', 'MOST_THREADS', 'Embedding', 'settle', 'essence', 'differences', 'Compute', 'check_count', 'check_compute',
-           'by_own_threads']
+           'how_of', 'by_own_threads']
 
 # %% ../nbs/07_embedding.ipynb #edb6978c
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -145,12 +145,19 @@ def check_compute(
     return how
 
 # %% ../nbs/07_embedding.ipynb #5f3ae8a3
+def how_of(
+    o, # has `how`; or has an `embedder` that has; or has `parts`, or is several, of which the first has
+)->Compute:
+    "Find how something computes."
+    several = getattr(o, 'parts', o)
+    if isinstance(several, Sequence): return how_of(several[0])
+    return getattr(o, 'embedder', o).how
+
 def by_own_threads(
-    f:Callable, # whose first argument has `how`, or an `embedder` that has
+    f:Callable, # whose first argument `how_of` takes
 )->Callable: # the same
     "Compute with as many threads as `Compute` says."
     @functools.wraps(f)
     def limited(first, *args, **kw):
-        how = getattr(first, 'embedder', first).how
-        with limit_threads(how.num_threads): return f(first, *args, **kw)
+        with limit_threads(how_of(first).num_threads): return f(first, *args, **kw)
     return limited

@@ -19,6 +19,7 @@ from torch import Tensor
 from .budget import Plan
 from .cache import digest_image
 from .core import *
+from .embedding import by_own_threads
 from .estimator import changing, check_name
 from .evaluation import auroc
 from .fitting import Fitted, counts_maps
@@ -282,6 +283,7 @@ def adopt(self:Ensemble,
 
 # %% ../nbs/07i_ensemble.ipynb #3e6304b5
 @usual_torch()
+@by_own_threads
 def ask_all(
     joined:Joined,
     items:Sequence, # images
@@ -330,6 +332,7 @@ def joint_maps(
         total = total+part.embedder.maps(grid, part.recipe.smoothing)/(unit*len(joined.parts))
     return total
 
+@by_own_threads
 def joint_calibration(
     joined:Joined,
 )->Calibration|None: # None: there is nothing to find it from, or nobody wants one

@@ -62,6 +62,8 @@ def _hand_over(module:nn.Module, args:tuple, out):
     current.seen[module] = out
     if current.stop and len(current.seen) == len(current.waits): raise _Enough
 
+_hand_over.only_looks = True # a network with it is the same network
+
 # %% ../nbs/02_extractor.ipynb #fb7a2318
 _LOCK = Lock() # held while a network that threads share is changed
 

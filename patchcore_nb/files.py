@@ -236,9 +236,9 @@ def write_json(
     "Write the rows, and the threshold that the verdicts stand on."
     known = 'threshold', 'map_threshold', 'promise'
     head = {o: calibration and getattr(calibration, o) for o in known}
-    images = [o | dict(image=as_cell(o['image']), error=as_cell(o.get('error'))) for o in rows]
-    text = json.dumps(head | dict(images=images), indent=1, ensure_ascii=False)
-    write_text(path, text+'\n')
+    text = json.dumps(head | dict(images=rows), indent=1, ensure_ascii=False)
+    legal = text.encode(errors='backslashreplace').decode() # bytes of a name that are no UTF-8, as JSON writes them
+    write_text(path, legal+'\n')
 
 def write_predictions(
     rows:Sequence[dict],  # as `predict_files` yields them
@@ -267,16 +267,16 @@ def grow_table(
     first = next(rows, None) # before it, nothing is written
     if first is None: return
     make_folder(path.parent)
-    def add(how, *new):
+    def add(how, *new, lasting=False):
         try:
             with open(path, how, encoding='utf-8', newline='') as f:
                 f.write(csv_text(new))
                 f.flush()
-                os.fsync(f.fileno())
+                if lasting: os.fsync(f.fileno())
         except OSError as e: raise disk_error(path, e) from None
     add('w', COLUMNS)
-    for row in itertools.chain([first], rows):
-        add('a', csv_row(row))
+    for i, row in enumerate(itertools.chain([first], rows), 1):
+        add('a', csv_row(row), lasting=i % CHUNK == 0) # a crash of the machine costs what was scored together
         yield row
 
 # %% ../nbs/10_files.ipynb #5e2b55de

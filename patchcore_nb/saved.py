@@ -58,6 +58,7 @@ evaluate_cli.add_command(without(dataset, 'train_val_split', 'augment'))
 @evaluate_cli.result_callback()
 def judge_again(parts, **group):
     "Check the parts, judge, and show the results."
+    from patchcore_nb.core import limit_threads
     from patchcore_nb.experiment import judge_saved
     check_parts([name for name, _ in parts], ('patch_core_loader', 'dataset'))
     flags = dict(parts)
@@ -69,7 +70,9 @@ def judge_again(parts, **group):
     categories = find_categories(group['seed'], data, need_train=False)
     models = saved_models(group, loader, data, categories)
     pictures = picture_folders(folder, categories) if group['save_segmentation_images'] else None
-    done = judge_saved(models, categories, folder, pictures, **report_arguments(group))
+    asked = report_arguments(group)
+    with limit_threads(group['num_threads']):
+        done = judge_saved(models, categories, folder, pictures, **asked)
     return tell(done, group | dict(save_segmentation_images=False, save_patchcore_model=False))
 
 # %% ../nbs/12a_saved.ipynb #cda1b9aa
@@ -121,8 +124,8 @@ def said_of_lost(
 def predict_cli(model, images, output, kind, maps, on_error, **how):
     "Score images by a saved MODEL: files, or folders of images."
     from patchcore_nb import files
-    from patchcore_nb.core import limit_threads, make_folder, progress
-    from patchcore_nb.locks import Lock
+    from patchcore_nb.core import limit_threads, progress
+    from patchcore_nb.results_folder import hold
     from patchcore_nb.store import load
     items = files.find_images(images, on_error)
     folder = Path(output)
@@ -131,7 +134,7 @@ def predict_cli(model, images, output, kind, maps, on_error, **how):
     loaded = load(model, **how)
     found = files.grow_table(files.predict_files(loaded, items, folder, maps, on_error), partial)
     threads = limit_threads(how['num_threads'])
-    with Lock(make_folder(folder)), threads, progress(found, 'scoring', len(items), True) as bar:
+    with hold(folder), threads, progress(found, 'scoring', len(items), True) as bar:
         rows = list(bar)
         written = files.write_predictions(rows, folder, loaded.calibration_, kind)
         partial.unlink()

@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from .base import SkippedWarning
 from .categories import Category, Sample, Skipped, mask_paths, need_heic
 from .characters import printable
-from .concurrency import own_cores
 from .core import *
 from .data import read_ahead
 from .names import ON_ERROR
@@ -41,8 +42,8 @@ def why_unreadable(
 def find_unreadable(
     samples:Sequence[Sample],
 )->list[str]: # what is wrong with each; empty: nothing
-    "Read images and masks, as many at a time as there are cores."
-    n = own_cores()
+    "Read images and masks, as many at a time as torch has threads."
+    n = torch.get_num_threads()
     def why(o): return why_unreadable(o.path, *mask_paths(o.mask))
     return list(read_ahead(why, samples, n, 2*n)) if samples else []
 

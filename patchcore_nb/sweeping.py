@@ -20,6 +20,7 @@ from torch import Tensor
 from .core import *
 from .data import Category, read_masks
 from .embedder import Embedder
+from .embedding import by_own_threads
 from .evaluation import auroc
 from .fitting import Learned, Recipe, check_recipe, learn, split_images
 from .items import as_items
@@ -80,6 +81,7 @@ def sweep_batch(
         out[m, rule] = Found(found.image_scores.cpu(), found.patch_scores.cpu())
     return out
 
+@by_own_threads
 def sweep_scores(
     embedder:Embedder,
     bank:Tensor,         # (M, D) memory bank, in pick order

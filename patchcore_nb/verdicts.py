@@ -38,8 +38,9 @@ def cell_of(
     start = Path(table).absolute().parent
     try: name = Path(os.path.relpath(full, start)).as_posix()
     except ValueError: name = full.as_posix() # on another drive
-    if ';' in name or name != name.strip(): raise DataError(f'{image} has a semicolon in its path, or a space at its end, which a table cannot hold: rename it')
-    return name
+    is_text = name == name.encode(errors='replace').decode()
+    if ';' in name or name != name.strip() or not is_text: raise DataError(f'{image} has a semicolon in its path, a space at its end or bytes that are no UTF-8, which a table cannot hold: rename it')
+    return f'./{name}' if name[0] in '=+-@' else name # no spreadsheet takes that for a formula
 
 # %% ../nbs/10c_verdicts.ipynb #8d8fb593
 @dataclass

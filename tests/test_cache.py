@@ -175,7 +175,7 @@ def test_the_filters_of_a_filter_bank_count(tile, kept, monkeypatch):
     same(other, model(None).fit(tile))
     assert not torch.equal(first.memory_bank_, other.memory_bank_)
 
-TELL = 'import json, sys; from patchcore_nb.build import create_backbone; from patchcore_nb.cache import digest_network; print(json.dumps([digest_network(create_backbone(o, "random")) for o in sys.argv[1:]]))'
+TELL = 'import json, sys; from patchcore_nb.build import create_backbone; from patchcore_nb.described import digest_network; print(json.dumps([digest_network(create_backbone(o, "random")) for o in sys.argv[1:]]))'
 
 def test_what_a_network_is_is_said_alike_in_every_process():
     names = ['filterbank', 'resnet18', 'timm:vit_tiny_patch16_224', 'timm:efficientnet_b0', 'torchvision:swin_t']
@@ -197,6 +197,58 @@ class Plain(torch.nn.Module):
     for factor in (1, 5):
         kept_bank, fresh_bank = banks(factor)
         assert torch.equal(kept_bank, fresh_bank)
+
+@pytest.mark.parametrize('kind', ['closure', 'default', 'method', 'slots', 'hook', 'attribute of its class', 'base class'])
+def test_what_a_network_holds_is_no_weight_and_counts(tile, kept, monkeypatch, kind):
+    "Two networks that differ in this alone: no embedding of the one is taken for the other's."
+    class Factor:
+        __slots__ = 'n',
+        def __init__(self, n): self.n = n
+        def times(self, x): return x*self.n
+    def scaled(n): return lambda x: x*n
+    def by_default(n):
+        def f(x, n=n): return x*n
+        return f
+    def network(n):
+        class Base(torch.nn.Module):
+            factor = n if kind == 'base class' else 1
+        class Net(Base):
+            own = n if kind == 'attribute of its class' else 1
+            def __init__(self):
+                super().__init__()
+                self.layer, self.act, self.held = torch.nn.AvgPool2d(8), torch.abs, Factor(n if kind == 'slots' else 1)
+            def forward(self, x): return self.layer(self.act(x)*self.factor*self.own*self.held.n)
+        net = Net()
+        if kind == 'hook': net.layer.register_forward_hook(lambda m, args, out: out*n)
+        act = dict(closure=scaled, default=by_default, method=lambda n: Factor(n).times).get(kind)
+        if act: net.act = act(n)
+        return net
+    for n in (1, 5):
+        monkeypatch.setitem(BACKBONES, 'held', lambda *a, **kw: network(n)) # noqa: B023
+        banks = [PatchCore('held', ['layer'], target_dim=32, device='cpu', imagesize=64, resize=70, cache=c).fit(tile).memory_bank_ for c in (kept, None)]
+        assert torch.equal(*banks)
+
+def test_a_network_that_cannot_be_described_is_not_cached(tile, kept, monkeypatch):
+    def network(*a, **kw):
+        net = torch.nn.Sequential(torch.nn.AvgPool2d(8))
+        net.source = (i for i in range(3))
+        return net
+    monkeypatch.setitem(BACKBONES, 'odd', network)
+    odd = PatchCore('odd', ['0'], target_dim=32, device='cpu', imagesize=64, resize=70, cache=kept)
+    with pytest.warns(UserWarning, match='it cannot be said what builtins.generator is in Sequential, so this network cannot be told from others: .* not cached'): odd.fit(tile)
+    assert not kept.exists()
+
+def test_threads_and_processor_count(tile, kept, monkeypatch):
+    "Sums are rounded otherwise when they are shared otherwise."
+    m = model(kept, 'resnet18').fit(tile)
+    n = len(files(kept))
+    model(kept, 'resnet18').fit(tile)
+    assert len(files(kept)) == n
+    model(kept, 'resnet18', num_threads=torch.get_num_threads()+1).fit(tile)
+    assert len(files(kept)) == 2*n
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'ANOTHER')
+    same(model(kept, 'resnet18').fit(tile), m)
+    assert len(files(kept)) == 3*n
 
 def test_many_threads_open_one_cache(tmp_path):
     def work(i):

@@ -15,10 +15,10 @@ from patchcore_nb.core import DataError
 ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT/'tests'/'campaigns'
 sys.path.insert(0, str(HOME))
-import common  # noqa: E402
-from common import End  # noqa: E402
+import attempts  # noqa: E402
+from attempts import End  # noqa: E402
 
-NAMES = sorted(o.stem for o in HOME.glob('*.py') if 'common.arguments(' in o.read_text(encoding='utf-8'))
+NAMES = sorted(o.stem for o in HOME.glob('*.py') if 'attempts.arguments(' in o.read_text(encoding='utf-8'))
 FEW = dict(models='--n 10', images='--n 16', kills='--every 90', names='--n 1')
 linux = pytest.mark.skipif(not Path('/proc/self/status').exists() or not hasattr(os, 'fork'), reason='forks, and reads /proc')
 
@@ -49,8 +49,8 @@ def fail(job): return 1/0
 @pytest.mark.parametrize('work, job, what', [(refuse, 'a.json is damaged', 'refused'), (refuse, 'two\nlines', 'LONG ERROR'), (fail, 'x', 'RAISED'), (crash, 'x', 'SIGNAL'), (sleep, 'x', 'HANG'), (execute, 'x', 'RAN CODE'), (start, 'x', 'RAN CODE'), (grow, 'x', 'MEMORY'), (write, '{}/x', 'RAN CODE')], ids=lambda o: getattr(o, '__name__', None))
 def test_a_campaign_sees_what_it_looks_for(tmp_path, work, job, what):
     "Each by a case that does it."
-    (_, end), = common.in_children(work, [job.format(tmp_path)], seconds=1 if work is sleep else 60)
-    end = common.too_much(end, 10 << 20)
+    (_, end), = attempts.in_children(work, [job.format(tmp_path)], seconds=1 if work is sleep else 60)
+    end = attempts.too_much(end, 10 << 20)
     assert end.what == what and end.is_bad == (what != 'refused'), end
 
 @linux

@@ -8,11 +8,12 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from patchcore_nb import PatchCore, embedder, experiment, results, resume
+from patchcore_nb import PatchCore, embedder, experiment, results, resume, seeds
 from patchcore_nb.base import ArgumentError, DataError
 from patchcore_nb.batching import read_ahead
 from patchcore_nb.cli import main
@@ -135,6 +136,52 @@ def test_seeds_are_resumed_by_one(tmp_path):
     with pytest.raises(ArgumentError, match='tile/test/.* bytes of .* -> '): run_seeds(small(), find, [0, 1], tmp_path/'r', report=False, resume=True)
     with pytest.warns(UserWarning, match='going on all the same'): done = run_seeds(small(), find, [0, 1], tmp_path/'r', report=False, resume='anyway')
     assert done.done_before == 1
+
+
+def test_a_seed_that_was_done_but_not_counted_is_counted(tmp_path, monkeypatch):
+    "Killed between the run of a seed and the table of all seeds."
+    tile = [load_category('mvtec', make_miniature(tmp_path/'data', n_train=4), 'tile')]
+    def go(**how): return run_seeds(small(), lambda seed: tile, [0, 1], tmp_path/'r', report=False, **how)
+    def dies(folder, asked, done, complete, real=seeds.write_seeds):
+        if complete: raise KeyboardInterrupt
+        return real(folder, asked, done, complete)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(seeds, 'write_seeds', dies)
+        go()
+    with monkeypatch.context() as m:
+        m.setattr(embedder.Embedder, 'forward', lambda *a, **kw: pytest.fail('a seed that was done ran again'))
+        again = go(resume=True)
+    assert sorted(o.name for o in again.folder.glob('seed_*')) == ['seed_0', 'seed_1']
+    whole = run_seeds(small(), lambda seed: tile, [0, 1], tmp_path/'r', group='whole', report=False)
+    for o in ('results.csv', 'seeds.csv', 'metrics.csv'): assert (again.folder/o).read_bytes() == (whole.folder/o).read_bytes(), o
+
+
+def test_an_unfinished_run_is_found_behind_a_gap(again):
+    "Somebody has deleted the folders before it."
+    home = again.root/'results'/'p'
+    (home/'g').rename(home/'g_7')
+    (home/'g_007').mkdir()
+    assert again().folder == home/'g_7'
+
+
+def test_the_same_data_by_another_path_is_the_same(died, again, monkeypatch):
+    monkeypatch.chdir(again.root)
+    done = run(small(), both(Path('data')/'..'/'data'), 'results', 'p', 'g', report=False, resume=True)
+    assert done.done_before == 1
+
+
+def test_a_run_whose_outputs_are_removed_still_says_what_was_skipped(tmp_path, monkeypatch):
+    data = make_miniature(tmp_path/'data', n_train=4)
+    tile = load_category('mvtec', data, 'tile')
+    broken = tile.train[0].path
+    broken.write_bytes(broken.read_bytes()[:1000])
+    def removes(*args, real=experiment.check_outputs):
+        shutil.rmtree(args[0]/'scores')
+        return real(*args)
+    monkeypatch.setattr(experiment, 'check_outputs', removes)
+    with pytest.warns(UserWarning, match='cannot be read'), pytest.raises(DataError, match='are missing'): run(small(), [tile], tmp_path/'r', report=False, on_error='skip')
+    state = json.loads(next(tmp_path.rglob('run.json')).read_text())
+    assert [o['image'] for o in state['skipped']] == [broken.as_posix()] and not state['complete']
 
 
 def test_a_folder_is_judged_into_by_one(tmp_path):

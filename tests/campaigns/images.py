@@ -11,9 +11,9 @@ import tempfile
 import warnings
 from pathlib import Path
 
-import common
+import attempts
 import mutate
-from common import End
+from attempts import End
 
 os.environ.setdefault('OMP_NUM_THREADS', '1') # processes are forked, and threads do not survive that
 
@@ -75,17 +75,17 @@ def campaign(n, seed, workers, home):
         path = home/f'whole.{name.partition(" ")[0]}'
         path.write_bytes(raw)
         list(map(work, [(name, 0, path)])) # what is imported at the first image is there then
-        (_, end), = common.in_children(work, [(name, 0, path)], 1)
+        (_, end), = attempts.in_children(work, [(name, 0, path)], 1)
         assert end.what == 'judged', f'{name}: {end}'
         clean[name] = end.growth
-    tally = common.Tally()
-    for (name, case, path), end in common.in_children(work, jobs(whole, home, n, seed), workers):
+    tally = attempts.Tally()
+    for (name, case, path), end in attempts.in_children(work, jobs(whole, home, n, seed), workers):
         if end.what == 'refused' and path.name not in end.more: end = End('NOT NAMED', end.more)
-        tally.add(name, f'case {case}', common.too_much(end, clean[name]))
+        tally.add(name, f'case {case}', attempts.too_much(end, clean[name]))
         path.unlink()
     return tally
 
 
 if __name__ == '__main__':
-    asked = common.arguments(1000)
+    asked = attempts.arguments(1000)
     with tempfile.TemporaryDirectory() as home: raise SystemExit(campaign(asked.n, asked.seed, asked.workers, Path(home)).tell('images', asked))

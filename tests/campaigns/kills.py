@@ -14,8 +14,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
-import common
-from common import End
+import attempts
+from attempts import End
 
 os.environ.setdefault('OMP_NUM_THREADS', '1') # processes are forked, and threads do not survive that
 
@@ -147,8 +147,8 @@ def campaign(asked, home):
     "Kill at every operation; how it ended."
     import torch
     torch.set_num_threads(1)
-    tally = common.Tally()
-    common.EXECUTES = () # a run imports what it needs
+    tally = attempts.Tally()
+    attempts.EXECUTES = () # a run imports what it needs
     for group, cls in (('a save', Saves), ('a run', Runs)):
         place = home/group.replace(' ', '_')
         place.mkdir()
@@ -156,10 +156,10 @@ def campaign(asked, home):
         n = work.begin()
         print(f'{group}: {n} operations', file=sys.stderr)
         jobs = ((group, k) for k in range(1, n+1, asked.every))
-        for (_, k), end in common.in_children(work, jobs, asked.workers, LONG): tally.add(group, f'killed at operation {k} of {n}', end)
+        for (_, k), end in attempts.in_children(work, jobs, asked.workers, LONG): tally.add(group, f'killed at operation {k} of {n}', end)
     return tally
 
 
 if __name__ == '__main__':
-    asked = common.arguments(0, every=1)
+    asked = attempts.arguments(0, every=1)
     with tempfile.TemporaryDirectory() as home: raise SystemExit(campaign(asked, Path(home)).tell('kills', asked))

@@ -11,9 +11,9 @@ import tempfile
 import warnings
 from pathlib import Path
 
-import common
+import attempts
 import mutate
-from common import End
+from attempts import End
 
 os.environ.setdefault('OMP_NUM_THREADS', '1') # processes are forked, and threads do not survive that
 
@@ -107,16 +107,16 @@ def campaign(n, seed, workers, home):
     weights, images = make_models(home)
     clean = {o: ask(home/o, weights, images) for o in GROUPS}
     work = Work(home, weights, images, clean, seed)
-    again = common.in_children(work, [(0, o, home/o, '', False) for o in GROUPS], 1)
+    again = attempts.in_children(work, [(0, o, home/o, '', False) for o in GROUPS], 1)
     growth = {job[1]: end.growth for job, end in again if end.what == 'same scores'}
     assert growth.keys() == set(GROUPS), 'a clean model gives what it gave'
-    tally = common.Tally()
-    for (case, group, folder, done, _), end in common.in_children(work, jobs(work, n), workers):
-        tally.add(group, f'case {case}, {done}', common.too_much(end, growth[group]))
+    tally = attempts.Tally()
+    for (case, group, folder, done, _), end in attempts.in_children(work, jobs(work, n), workers):
+        tally.add(group, f'case {case}, {done}', attempts.too_much(end, growth[group]))
         shutil.rmtree(folder, ignore_errors=True)
     return tally
 
 
 if __name__ == '__main__':
-    asked = common.arguments(10_000)
+    asked = attempts.arguments(10_000)
     with tempfile.TemporaryDirectory() as home: raise SystemExit(campaign(asked.n, asked.seed, asked.workers, Path(home)).tell('models', asked))

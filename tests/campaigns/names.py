@@ -10,8 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import common
-from common import End
+import attempts
+from attempts import End
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hostile import NAMES  # noqa: E402
@@ -90,8 +90,8 @@ def work(job):
 
 def campaign(asked, home):
     "Try each name in each part; how it ended."
-    tally, jobs = common.Tally(), []
-    common.EXECUTES = () # programs write
+    tally, jobs = attempts.Tally(), []
+    attempts.EXECUTES = () # programs write
     import torch
     torch.set_num_threads(1)
     programs()
@@ -100,10 +100,10 @@ def campaign(asked, home):
             place = home/f'{i}_{part.split()[0]}'
             place.mkdir()
             jobs.append((place, part, name))
-    for (_, part, name), end in common.in_children(work, jobs, asked.workers, LONG): tally.add(part, repr(os.fsencode(name)), end)
+    for (_, part, name), end in attempts.in_children(work, jobs, asked.workers, LONG): tally.add(part, repr(os.fsencode(name)), end)
     return tally
 
 
 if __name__ == '__main__':
-    asked = common.arguments(len(NAMES))
+    asked = attempts.arguments(len(NAMES))
     with tempfile.TemporaryDirectory() as home: raise SystemExit(campaign(asked, Path(home)).tell('names', asked))
