@@ -8,7 +8,7 @@ __all__ = ['STEPS', 'build_extractor', 'DryRun', 'dry_run', 'check_patchsizes', 
 
 # %% ../nbs/07a_embedder.ipynb #9f087637
 import copy, dataclasses, math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -335,12 +335,20 @@ def weight_bytes(self:Embedder)->int:
 
 # %% ../nbs/07a_embedder.ipynb #30aa5e39
 @patch
+def drawing(self:Embedder,
+    smoothing:float=4., # of the Gaussian, in pixels; 0: none
+    lattice:Lattice|None=None, # where other patches lie
+)->Callable: # (B, h, w) patch scores -> (B, H, W) maps
+    "Make what scales patch scores to the size of what the network sees."
+    size = self.preprocess_.size
+    seen = self.extractor_.padded_size(size)
+    return partial(make_maps, size=seen, sigma=smoothing, keep=size, lattice=lattice or self.lattice_)
+
+@patch
 def maps(self:Embedder,
     patch_scores:Tensor, # (B, h, w)
     smoothing:float=4.,  # of the Gaussian, in pixels; 0: none
     lattice:Lattice|None=None, # where other patches lie; None: as this one's
 )->Tensor: # (B, H, W)
     "Scale patch scores to the size of what the network sees."
-    size = self.preprocess_.size
-    seen = self.extractor_.padded_size(size)
-    return make_maps(patch_scores, seen, smoothing, size, lattice or self.lattice_)
+    return self.drawing(smoothing, lattice)(patch_scores)

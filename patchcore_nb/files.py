@@ -20,7 +20,7 @@ from .categories import image_extensions, need_heic, open_heic
 from .characters import as_cell, legal_name, numbered
 from .core import *
 from .data import image_size
-from .ensemble import bank_unit
+from .combined import bank_unit
 from .items import as_items, in_folder
 from .plots import overlay
 from .skipping import check_on_error, why_unreadable
