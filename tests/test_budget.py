@@ -17,7 +17,7 @@ import pytest
 import torch
 from scipy.integrate import trapezoid
 
-from patchcore_nb import budget, changes, experiment, fitting, judging
+from patchcore_nb import budget, changes, combined, ensemble, experiment, fitting, judging, prediction
 from patchcore_nb.cli import main
 from patchcore_nb.core import ArgumentError, DataError
 from patchcore_nb.data import load_category, make_miniature
@@ -284,6 +284,22 @@ def test_what_counted_images_leave_is_planned():
     for _ in range(20): tally.add(rng.gamma(2, 2, (1, 96, 96)).astype(np.float32), rng.random((1, 96, 96)) < .1)
     kept = sum(a.nbytes for o in tally.counted_.rows for a in o)+sum(o.nbytes for o in tally.counted_.sketches)
     assert kept/20 < (judge[1]-judge[0])/20_000 < 5*kept/20
+
+@pytest.mark.parametrize('members', [2, 3])
+def test_an_ensemble_has_one_set_of_maps(tile, monkeypatch, members):
+    "However many members there are; and one more for what the reference would make of the set."
+    made = []
+    def counting(*args, real=prediction.empty_maps): return made.append(args) or real(*args)
+    for o in (ensemble, combined, prediction): monkeypatch.setattr(o, 'empty_maps', counting)
+    model = Ensemble([small(seed=i, false_alarms=None) for i in range(members)]).fit(tile)
+    seen = model.predict(tile.test)
+    assert len(made) == 1 and not [o for m in seen.members for o in vars(m).values() if torch.is_tensor(o) and o.shape[1:] == seen.anomaly_maps.shape[1:]]
+    whole = [o.predict(tile.test) for o in model.members]
+    made.clear()
+    over = seen.normalised_over_set()
+    assert len(made) == 1
+    assert torch.allclose(seen.anomaly_maps, sum(o.anomaly_maps/u for o, u in zip(whole, model.units_))/members, rtol=1e-5)
+    assert torch.allclose(over.anomaly_maps, sum(combined.min_max(o.anomaly_maps) for o in whole)/members, atol=1e-6)
 
 def test_looking_back_takes_a_batch_at_a_time(cogs, monkeypatch):
     model = small(batch_size=3).fit(cogs)
