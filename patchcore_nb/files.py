@@ -9,7 +9,7 @@ __all__ = ['CHUNK', 'COLUMNS', 'PARTIAL', 'colour_scale', 'names_for', 'endings_
            'grow_table', 'images_at', 'find_images']
 
 # %% ../nbs/10_files.ipynb #30f484b6
-import contextlib, csv, io, itertools, json, os, warnings
+import contextlib, csv, io, itertools, os, warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from .categories import image_extensions, need_heic, open_heic
-from .characters import as_cell, legal_name, numbered
+from .characters import as_cell, as_json, legal_name, numbered
 from .core import *
 from .data import image_size
 from .combined import bank_unit
@@ -236,9 +236,7 @@ def write_json(
     "Write the rows, and the threshold that the verdicts stand on."
     known = 'threshold', 'map_threshold', 'promise'
     head = {o: calibration and getattr(calibration, o) for o in known}
-    text = json.dumps(head | dict(images=rows), indent=1, ensure_ascii=False)
-    legal = text.encode(errors='backslashreplace').decode() # bytes of a name that are no UTF-8, as JSON writes them
-    write_text(path, legal+'\n')
+    write_text(path, as_json(head | dict(images=rows))+'\n')
 
 def write_predictions(
     rows:Sequence[dict],  # as `predict_files` yields them
