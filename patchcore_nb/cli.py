@@ -134,12 +134,11 @@ def show_run(
     return '\n'.join(lines)
 
 def tell(
-    done, # a `Run`, as `run` returns it
-    group:dict, # flags of the command itself
-    search:str='exact', # of neighbours; saved models bring their own
+    done, # a `Run`
+    text:str, # what `show_run` says of it
 )->int: # exit status
     "Print the results; if images were skipped, the status is 1."
-    say(show_run(done, group, search), sys.stdout)
+    say(text, sys.stdout)
     return int(done.skipped > 0)
 
 # %% ../nbs/12_cli.ipynb #fddf172a
@@ -216,7 +215,7 @@ def fit_and_judge(
     first, *others = group['seed']
     if others: done = run_seeds(model, find, group['seed'], *where, **outputs)
     else: done = run(model, find(first), *where, **outputs)
-    return tell(done, group, core['search'])
+    return tell(done, show_run(done, group, core['search']))
 
 # %% ../nbs/12_cli.ipynb #ac07e6f4
 ONLY_FITTING = ( # flags of the command itself
@@ -245,7 +244,7 @@ def judge_models(
         def place(o): return folder/'segmentation_images'/o.key
         pictures = place if group['save_segmentation_images'] else None
         done = judge_into(models, categories, folder, pictures, outputs)
-    return tell(done, group)
+    return tell(done, show_run(done, group))
 
 # %% ../nbs/12_cli.ipynb #ef63bd4a
 @cli.result_callback()

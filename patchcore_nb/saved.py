@@ -20,7 +20,7 @@ from .choices import (
     CACHE, GPU, LANG, NO_REPORT, NUM_THREADS, PICTURES, PLACE, SAVED_SEARCH, SKIP_OR_STOP, STOP_OR_SKIP,
     WEIGHTS_DIR, dataset, patch_core_loader)
 from .characters import say
-from .cli import report_arguments, tell
+from .cli import report_arguments, show_run, tell
 from .names import FORMATS, MAPS
 
 # %% ../nbs/12a_saved.ipynb #a323a705
@@ -73,7 +73,8 @@ def judge_again(parts, **group):
     asked = report_arguments(group)
     with limit_threads(group['num_threads']):
         done = judge_saved(models, categories, folder, pictures, **asked)
-    return tell(done, group | dict(save_segmentation_images=False, save_patchcore_model=False))
+    told = group | dict(save_segmentation_images=False, save_patchcore_model=False)
+    return tell(done, show_run(done, told))
 
 # %% ../nbs/12a_saved.ipynb #cda1b9aa
 def evaluate_main(
