@@ -261,6 +261,7 @@ def print_warning(
     "Print a warning as one line on the standard error."
     with above_bars(): say(f'warning: {printable(text)}')
 
+# %% ../nbs/12_answers.ipynb #95a1e15f
 def status_of(
     command:click.Command, # to run
     name:str,              # of the program

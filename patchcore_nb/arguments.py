@@ -264,6 +264,7 @@ def sizes_for(
     if not data['no_crop']: return given
     return given | dict(imagesize='whole', shape=first_shape(category, on_error))
 
+# %% ../nbs/12_arguments.ipynb #eaf3dcaa
 def check_folders(
     loader:dict, # flags of patch_core_loader
 ):

@@ -161,6 +161,7 @@ class Teller:
         if a.dtype.hasobject: return self(a.tolist())
         return f'{a.dtype} {a.shape} {digest(np.ascontiguousarray(a).tobytes())}'
 
+# %% ../nbs/00c_described.ipynb #73394db7
 def describe(
     o, # anything
 )->str:

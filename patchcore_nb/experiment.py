@@ -287,6 +287,7 @@ def check_saved(
     def look(category): check_category(replace(category, train=[], calibration=[]))
     return [skipping(look, o, on_error, JUDGED)[0] for o in categories]
 
+# %% ../nbs/10_run.ipynb #167e3024
 def judge_into(
     models:Sequence[Callable], # as for `judge_saved`
     categories:Sequence[Category],

@@ -238,6 +238,7 @@ def write_json(
     head = {o: calibration and getattr(calibration, o) for o in known}
     write_text(path, as_json(head | dict(images=rows))+'\n')
 
+# %% ../nbs/10_files.ipynb #231acdd7
 def write_predictions(
     rows:Sequence[dict],  # as `predict_files` yields them
     folder:str|Path,      # where to

@@ -87,6 +87,7 @@ def _files_below(place:Path)->Iterator[Path]:
         like = [o for o in inner if Path(o).suffix.lower() in readable]
         yield from map(Path(folder).joinpath, sorted(names+like))
 
+# %% ../nbs/01_folders.ipynb #8cdeb720
 def left_out(
     places:Iterable[Path], # folders, and files; one that is not there holds nothing
     used:Iterable[Path],   # images and masks

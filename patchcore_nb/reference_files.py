@@ -239,6 +239,7 @@ def check_stride(
     "Refuse a model whose patches lie elsewhere than ours."
     if stride > 1: raise DataError(f"{path} says patchstride {stride}: the reference then takes the patches of deeper layers from other places than we do, so its memory cannot be compared with ours: fit such a model here, by stride={stride}")
 
+# %% ../nbs/08_reference_files.ipynb #f773c015
 def read_reference(
     folder:Path,
     prefix:str='', # of the files' names: "Ensemble-1-2_" for the first member of two

@@ -181,6 +181,7 @@ def picture_names(
         for i, stem in zip(same, stems): names[i] = stem+names[i].suffix
     return names
 
+# %% ../nbs/10_results.ipynb #977d4efc
 def save_pictures(
     prediction:Prediction,    # of the test images
     samples:Sequence[Sample], # the test images, in the same order

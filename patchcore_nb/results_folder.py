@@ -87,6 +87,7 @@ def hold(
         if is_new:
             with contextlib.suppress(OSError): folder.rmdir() # which only removes an empty one
 
+# %% ../nbs/10_results_folder.ipynb #d3832776
 @contextlib.contextmanager
 def new_folder(
     results:str|Path, # RESULTS_PATH

@@ -90,6 +90,7 @@ def pixel(
     "Round a place to a tenth of a pixel."
     return round(float(v), 1)
 
+# %% ../nbs/09h_svg_charts.ipynb #28e10da9
 @dataclass(frozen=True)
 class Chart:
     "The frame of a chart: what is where."
