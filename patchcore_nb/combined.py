@@ -62,17 +62,15 @@ def mean_of(
 @dataclass(repr=False)
 class MemberPrediction(Prediction):
     "What a member of an ensemble says; its maps are drawn whenever they are asked for."
+    anomaly_maps:Tensor=field(init=False) # (B, H, W) drawn from the patch scores, which may be changed in its place
     draw:Callable=None # (b, h, w) patch scores -> (b, H, W) maps
     reach:tuple[float,float]=(0., 1.) # of its maps, as `extent` finds it
 
-    @property
-    def anomaly_maps(self)->Tensor: # (B, H, W)
-        "Draw the maps of all images."
-        return self.draw(self.patch_scores)
+    def map_of(self, i:int)->Tensor: # (H, W)
+        "Draw the map of one image."
+        return self.draw(self.patch_scores[i][None])[0]
 
-    @anomaly_maps.setter
-    def anomaly_maps(self, value):
-        if value is not None: raise AttributeError('the maps of a member are drawn from its patch_scores: set these')
+MemberPrediction.anomaly_maps = property(lambda self: self.draw(self.patch_scores), doc='Draw the maps of all images.')
 
 # %% ../nbs/07h_combined.ipynb #e668e286
 @dataclass(repr=False)

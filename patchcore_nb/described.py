@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'LOCKS', 'HARMLESS', 'LIBRARIES', 'LONG', 'TORCHS_OWN', 'digest', 'digest_tensors', 'Unsayable', 'say_code',
-           'in_cell', 'remake', 'has_version', 'function_parts', 'class_parts', 'parts_of', 'digest_text', 'Teller',
-           'describe', 'hooks_of', 'describe_network', 'digest_network', 'is_known', 'identify_network']
+           'in_cell', 'remake', 'has_version', 'names_in', 'function_parts', 'class_parts', 'parts_of', 'digest_text',
+           'Teller', 'describe', 'hooks_of', 'held_by', 'ids_of_weights', 'describe_network', 'digest_network',
+           'is_known', 'identify_network']
 
 # %% ../nbs/00c_described.ipynb #0b38ed0b
 import copyreg, hashlib, io, sys, threading, uuid, warnings
-from types import CodeType, FunctionType, GetSetDescriptorType, MemberDescriptorType, ModuleType
+from collections.abc import Set
+from operator import itemgetter
+from types import CodeType, FunctionType, GetSetDescriptorType, MemberDescriptorType, MethodType, ModuleType
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -71,18 +74,28 @@ def remake(
 LIBRARIES = 'torch', 'torchvision', 'timm', 'numpy', 'pillow', 'pillow-heif'
 
 def has_version(
-    o:type,
+    o, # a class or function
 )->bool:
-    "Tell whether a class comes from Python or from a library whose version counts."
-    top = o.__module__.partition('.')[0]
-    return top in LIBRARIES or top in sys.stdlib_module_names
+    "Tell whether something comes from Python, from us, or from a library whose version counts."
+    top = (o.__module__ or '').partition('.')[0]
+    return top in (*LIBRARIES, 'patchcore_nb') or top in sys.stdlib_module_names
+
+def names_in(
+    code:CodeType,
+)->list[str]: # with those of the functions in it
+    "List the names that code reads from outside."
+    inner = [c for c in code.co_consts if isinstance(c, CodeType)]
+    return sorted({*code.co_names, *(name for c in inner for name in names_in(c))})
 
 def function_parts(
     o:FunctionType,
 )->list:
-    "Say what a function consists of."
+    "Say what a function consists of, with the constants and functions of its module that it reads."
     cells = [in_cell(c) for c in o.__closure__ or ()]
-    return [o.__qualname__, repr(say_code(o.__code__)), o.__defaults__, o.__kwdefaults__, cells, vars(o)]
+    own = [o.__module__, o.__qualname__, o.__defaults__, o.__kwdefaults__, cells, vars(o)]
+    if has_version(o): return own
+    read = {k: o.__globals__[k] for k in names_in(o.__code__) if k in o.__globals__}
+    return [*own, repr(say_code(o.__code__)), read]
 
 def class_parts(
     o:type,
@@ -101,6 +114,7 @@ def parts_of(
     if isinstance(o, ModuleType): return [o.__name__]
     if isinstance(o, HARMLESS): return [type(o).__qualname__]
     if isinstance(o, FunctionType): return function_parts(o)
+    if isinstance(o, MethodType): return [o.__func__, o.__self__]
     if isinstance(o, type): return class_parts(o)
     if isinstance(o, property): return [o.fget, o.fset, o.fdel]
     if isinstance(o, staticmethod|classmethod): return [type(o), o.__func__]
@@ -118,7 +132,10 @@ def digest_text(
 
 class Teller:
     "Says what values are, each object once."
-    def __init__(self):
+    def __init__(self,
+        known:Set[int]=frozenset(), # ids of tensors whose values are digested elsewhere
+    ):
+        self.known = known
         self.said = {} # id -> the object, lest its id be given to another, and its text
         self.open = [] # ids of the objects that are being said, the outermost first
 
@@ -141,18 +158,19 @@ class Teller:
         "Say what an object is."
         if isinstance(o, Tensor): return self.values(dense(o).numpy())
         if isinstance(o, np.ndarray): return self.values(o)
-        if isinstance(o, nn.Module): return self(describe_network(o, self))
+        if isinstance(o, nn.Module): return self(describe_network(o, self, self.known))
         if type(o) in (list, tuple): return f'[{", ".join(map(self, o))}]'
-        if type(o) in (set, frozenset): return f'{{{", ".join(sorted(map(self, o)))}}}'
+        if isinstance(o, set|frozenset): return f'{{{", ".join(sorted(Teller()(x) for x in o))}}}'
         if type(o) is dict: return self.table(o)
         return f'({self(parts_of(o))})'
 
     def table(self,
         found:dict,
     )->str:
-        "Say what a table holds, in whatever order."
-        rows = [f'{self(k)}: {self(v)}' for k, v in found.items()]
-        return f'{{{", ".join(sorted(rows))}}}'
+        "Say what a table holds, in the order of what its keys are."
+        keys = sorted(((Teller()(k), k) for k in found), key=itemgetter(0))
+        rows = [f'{said}: {self(found[k])}' for said, k in keys]
+        return f'{{{", ".join(rows)}}}'
 
     def values(self,
         a:np.ndarray,
@@ -180,19 +198,33 @@ def hooks_of(
     found = [o for kind in ('_forward_pre_hooks', '_forward_hooks') for o in vars(m)[kind].values()]
     return [o for o in found if not getattr(o, 'only_looks', False)]
 
+def held_by(
+    m:nn.Module,
+)->dict:
+    "List the attributes of a module that are its own; torch.compile wraps one, and counts the wraps."
+    if type(m).__qualname__ == 'OptimizedModule': return {}
+    return {k: v for k, v in vars(m).items() if k not in TORCHS_OWN}
+
+def ids_of_weights(
+    model:nn.Module,
+)->Set[int]: # ids
+    "Tell which tensors the state dict of a network holds."
+    return {id(o) for o in model.state_dict(keep_vars=True).values()}
+
 def describe_network(
     model:nn.Module,
     say=describe, # value -> text
+    known:Set[int]|None=None, # ids of tensors whose values are digested elsewhere; None: those in its state dict
 )->dict[str,str]: # by name: modules with their attributes, tensors with their types and shapes
     "List what a network is, but for the values of its weights."
-    weights = model.state_dict()
+    known = ids_of_weights(model) if known is None else known
     found = {}
     for name, m in model.named_modules():
-        own = {k: v for k, v in vars(m).items() if k not in TORCHS_OWN}
-        try: found[name] = ' '.join(map(say, [type(m), own, hooks_of(m)]))
+        inner = [k for k, _ in m.named_children()]
+        try: found[name] = ' '.join(map(say, [type(m), inner, held_by(m), hooks_of(m)]))
         except Unsayable as e: raise Unsayable(f'{e} in {name or type(m).__qualname__}') from None
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
-        lost = '' if name in weights else digest_tensors({name: t}) # by the state dict
+        lost = '' if id(t) in known else digest_tensors({name: t}) # by the state dict
         found[f'{name}:'] = f'{t.dtype} {(*t.shape,)} {lost}'
     return found
 
@@ -201,7 +233,10 @@ def digest_network(
     model:nn.Module,
 )->str: # hexadecimal SHA-256
     "Digest what a network is, but for the values of its weights; `Unsayable`, if that cannot be said."
-    return digest_text(describe(model))
+    say = Teller(ids_of_weights(model))
+    try: return digest_text(say(model))
+    except RecursionError:
+        raise Unsayable(f'{type(model).__qualname__} is nested too deeply to be said') from None
 
 _MARKS = WeakKeyDictionary() # networks of which it cannot be said what they are -> letters of chance
 

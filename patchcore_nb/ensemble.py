@@ -215,9 +215,8 @@ def ask_member(
         ends.append(torch.stack(drawn.aminmax()).cpu())
     smoothing = part.recipe.smoothing
     found = score_patches(part.embedder, part.scorer, items, add, smoothing)
-    return MemberPrediction(items, found.image_scores, None, found.patch_scores, found.nn_idxs,
-                            part.embedder.preprocess_, part.calibration, False,
-                            part.embedder.drawing(smoothing), extent(torch.stack(ends)))
+    how = dict(draw=part.embedder.drawing(smoothing), reach=extent(torch.stack(ends)))
+    return MemberPrediction(items, *found, part.embedder.preprocess_, part.calibration, **how)
 
 @usual_torch()
 @by_own_threads

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'SLACK', 'TRIES', 'Owner', 'this_process', 'is_gone', 'create', 'create_slowly', 'is_sound', 'read_owner',
-           'one_at_a_time', 'refuse_living', 'clear_way', 'Lock']
+           'one_at_a_time', 'refuse_living', 'put_away', 'clear_way', 'Lock']
 
 # %% ../nbs/00_locks.ipynb #1cfb34e2
 import contextlib, json, os, platform, time, uuid, warnings
@@ -124,6 +124,21 @@ def refuse_living(
     if gone is None: raise DataError(f'{path.parent} is in use by {owner}: delete {path} if that run is surely dead')
     if not gone: raise DataError(f'{path.parent} is in use by {owner}: wait until it ends, or write to another folder')
 
+def put_away(
+    path:Path,   # of a lock
+    owner:Owner, # whose it was when it was read
+)->bool: # False: somebody was quicker
+    "Remove a lock, if it is still the same one."
+    aside = beside(path, 'tmp')
+    try: path.rename(aside)
+    except FileNotFoundError: return False
+    except OSError as e: raise disk_error(path, e) from None
+    try:
+        same = read_owner(aside) == owner
+        if not same: create(path, aside.read_text(encoding='utf-8'))
+    finally: remove(aside)
+    return same
+
 def clear_way(
     path:Path, # of a lock
 )->Owner|None: # whose it was; None: there is none any more
@@ -132,8 +147,7 @@ def clear_way(
         try: owner = read_owner(path)
         except FileNotFoundError: return None
         refuse_living(path, owner)
-        path.unlink()
-        return owner
+        return owner if put_away(path, owner) else None
 
 # %% ../nbs/00_locks.ipynb #1444966b
 TRIES = 100 # how often another may be quicker

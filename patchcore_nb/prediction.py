@@ -42,6 +42,10 @@ class Prediction:
 
     def __len__(self): return len(self.images)
 
+    def map_of(self, i:int)->Tensor: # (H, W)
+        "Take the map of one image."
+        return self.anomaly_maps[i]
+
     def normalised_over_set(self)->'Prediction': # an ensemble's is another one
         "Judge as the reference would judge these images as one test set."
         return self
@@ -95,7 +99,7 @@ def original_map(self:Prediction,
 )->np.ndarray: # (height, width) of the image as it was given, float32; NaN where the network saw nothing
     "Lay the map of one image on the image itself."
     if not is_whole(i) or not -len(self) <= i < len(self): raise ArgumentError(f'i must be the number of one of the {len(self)} images, from 0, got {in_short(i)}: pass 0 for the first')
-    return to_original(self.anomaly_maps[i], item_size(self.images[i]), self.preprocess)
+    return to_original(self.map_of(i), item_size(self.images[i]), self.preprocess)
 
 # %% ../nbs/07d_prediction.ipynb #46e29ded
 def empty_maps(

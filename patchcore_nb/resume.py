@@ -31,9 +31,9 @@ from .results_folder import group_folders, home_of, new_folder, write_json
 def in_place(
     sample:Sample,
 )->Sample: # the same for whatever path leads to its files
-    "Name the files of a sample by their absolute paths."
-    masks = tuple(map(os.path.abspath, mask_paths(sample.mask)))
-    return replace(sample, path=os.path.abspath(sample.path), mask=masks)
+    "Name the files of a sample by where they are, links followed."
+    masks = tuple(map(os.path.realpath, mask_paths(sample.mask)))
+    return replace(sample, path=os.path.realpath(sample.path), mask=masks)
 
 def digest_category(
     category:Category,
@@ -123,7 +123,7 @@ def inputs_of(
     samples = [*category.train, *category.test, *category.calibration, *category.unlabelled]
     files = [o.path for o in samples]
     for o in samples: files += mask_paths(o.mask)
-    return {Path(os.path.abspath(o)).as_posix(): stamp(o) for o in files}
+    return {Path(os.path.realpath(o)).as_posix(): stamp(o) for o in files}
 
 def write_inputs(
     folder:Path, # of a run
@@ -260,8 +260,9 @@ def unfinished_runs(
     home:Path, # above the group's folders
     group:str, # LOG_GROUP
 )->Iterator[tuple[Path,dict,pd.DataFrame]]: # folder, what `run.json` says, metrics so far
-    "Find the unfinished runs of a group, the newest first."
-    for folder in reversed(group_folders(home, group)):
+    "Find the unfinished runs of a group, first the one that was at work last."
+    def last(folder): return int(stamp(folder/SETTINGS)['changed'] or 0)
+    for folder in sorted(reversed(group_folders(home, group)), key=last, reverse=True):
         state, report = read_state(folder)
         if state: yield folder, state, report
 

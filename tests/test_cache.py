@@ -3,6 +3,8 @@ import os
 import shutil
 import subprocess
 import sys
+import types
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -198,7 +200,7 @@ class Plain(torch.nn.Module):
         kept_bank, fresh_bank = banks(factor)
         assert torch.equal(kept_bank, fresh_bank)
 
-@pytest.mark.parametrize('kind', ['closure', 'default', 'method', 'slots', 'hook', 'attribute of its class', 'base class'])
+@pytest.mark.parametrize('kind', ['closure', 'default', 'method', 'slots', 'hook', 'attribute of its class', 'base class', 'patched forward', 'weights in a list', 'order', 'global'])
 def test_what_a_network_holds_is_no_weight_and_counts(tile, kept, monkeypatch, kind):
     "Two networks that differ in this alone: no embedding of the one is taken for the other's."
     class Factor:
@@ -219,6 +221,18 @@ def test_what_a_network_holds_is_no_weight_and_counts(tile, kept, monkeypatch, k
                 self.layer, self.act, self.held = torch.nn.AvgPool2d(8), torch.abs, Factor(n if kind == 'slots' else 1)
             def forward(self, x): return self.layer(self.act(x)*self.factor*self.own*self.held.n)
         net = Net()
+        if kind == 'patched forward': net.forward = types.MethodType(dict({1: lambda self, x: self.layer(x), 5: lambda self, x: self.layer(x*x)})[n], net)
+        if kind == 'weights in a list':
+            outer = torch.nn.Conv2d(3, 3, 1, bias=False)
+            with torch.no_grad(): outer.weight.fill_(n)
+            net.before, net.act = [outer], lambda x: net.before[0](x).detach()
+        if kind == 'order':
+            parts = [('one', torch.nn.ReLU()), ('two', torch.nn.Tanh())]
+            net.layer = torch.nn.Sequential(OrderedDict([('pool', net.layer), *parts[::n if n == 1 else -1]]))
+        if kind == 'global':
+            space = dict(FACTOR=n, __name__='somewhere')
+            exec('def act(x): return x*FACTOR', space)
+            net.act = space['act']
         if kind == 'hook': net.layer.register_forward_hook(lambda m, args, out: out*n)
         act = dict(closure=scaled, default=by_default, method=lambda n: Factor(n).times).get(kind)
         if act: net.act = act(n)

@@ -164,10 +164,21 @@ def test_an_unfinished_run_is_found_behind_a_gap(again):
     assert again().folder == home/'g_7'
 
 
-def test_the_same_data_by_another_path_is_the_same(died, again, monkeypatch):
+@forks
+@pytest.mark.parametrize('path', ['data/../data', 'link'])
+def test_the_same_data_by_another_path_is_the_same(again, monkeypatch, path):
     monkeypatch.chdir(again.root)
-    done = run(small(), both(Path('data')/'..'/'data'), 'results', 'p', 'g', report=False, resume=True)
+    Path('link').symlink_to('data')
+    done = run(small(), both(Path(path)), 'results', 'p', 'g', report=False, resume=True)
     assert done.done_before == 1
+
+
+def test_of_several_the_last_at_work_goes_on(again):
+    "Its number need not be the highest, since new runs fill gaps."
+    home = again.root/'results'/'p'
+    shutil.copytree(home/'g', home/'g_5')
+    os.utime(home/'g_5'/'run.json', (1, 1))
+    assert again().folder == home/'g'
 
 
 def test_a_run_whose_outputs_are_removed_still_says_what_was_skipped(tmp_path, monkeypatch):
