@@ -14,7 +14,8 @@ PROGRAM = '''
 import os, signal, sys
 import patchcore_nb.cli as cli
 ignored, number = (int(o) for o in sys.argv[1:3])
-if ignored: signal.signal(number, signal.SIG_IGN)
+usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL # whatever the tests are run under: nohup, a background
+signal.signal(number, signal.SIG_IGN if ignored else usual)
 import patchcore_nb.embedder as embedder
 forward = embedder.Embedder.forward
 def asked(self, *args, **kw): # the signal comes while images are embedded
