@@ -107,6 +107,7 @@ def class_parts(
     own = {k: v for k, v in vars(o).items() if counts(k, v)}
     return [name, o.__bases__, own]
 
+# %% ../nbs/00c_described.ipynb #f5bb76f5
 def parts_of(
     o, # anything but plain values, tensors and containers
 )->list:
@@ -130,6 +131,7 @@ def digest_text(
     "Digest a text, which may hold odd characters."
     return digest(text.encode(errors='surrogatepass'))
 
+# %% ../nbs/00c_described.ipynb #0b9379a7
 class Teller:
     "Says what values are, each object once."
     def __init__(self,

@@ -29,7 +29,7 @@ from .results import (
     INTERVALS, KINDS, SKIPPED, add_rows, picture_names, read_skipped, save_pictures, with_mean,
     write_scores, write_skipped, write_table, write_tables)
 from .resume import (
-    Asked, asked_of, inputs_of, run_folder, settings_of, write_inputs, write_run, write_state)
+    Asked, asked_of, inputs_of, run_folder, settings_of, write_inputs, write_state)
 from .results_folder import hold
 from .skipping import check_on_error, skipping
 from .store import formats_for, save
@@ -246,7 +246,7 @@ def check_outputs(
     missing = [p for some in lost.values() for p in some]
     if not missing: return
     kept = report.drop([k for k, some in lost.items() if some])
-    write_run(folder, asked, kept, complete=False)
+    write_state(folder, asked, kept, complete=False, tables=False)
     shown = ', '.join(map(str, missing[:3]))+(f' and {len(missing)-3} more' if len(missing) > 3 else '')
     raise DataError(f'{shown} are missing: somebody has removed them while the run was at work; its tables are in {folder}, and resume=True makes the rest again')
 

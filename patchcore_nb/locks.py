@@ -124,6 +124,7 @@ def refuse_living(
     if gone is None: raise DataError(f'{path.parent} is in use by {owner}: delete {path} if that run is surely dead')
     if not gone: raise DataError(f'{path.parent} is in use by {owner}: wait until it ends, or write to another folder')
 
+# %% ../nbs/00_locks.ipynb #ae436765
 def put_away(
     path:Path,   # of a lock
     owner:Owner, # whose it was when it was read

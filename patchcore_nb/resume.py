@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['INPUTS', 'APART', 'ANYWAY', 'in_place', 'digest_category', 'plain_params', 'settings_of', 'devices_of',
            'surroundings_of', 'Asked', 'asked_of', 'stamp', 'inputs_of', 'write_inputs', 'read_inputs', 'flat',
-           'differing', 'say_stamp', 'input_changes', 'category_changes', 'state_of', 'write_run', 'write_state',
-           'read_run', 'read_state', 'unfinished_runs', 'find_unfinished', 'check_resume', 'check_same',
-           'take_unfinished', 'run_folder']
+           'differing', 'say_stamp', 'input_changes', 'category_changes', 'state_of', 'write_state', 'read_run',
+           'read_state', 'unfinished_runs', 'find_unfinished', 'check_resume', 'check_same', 'take_unfinished',
+           'run_folder']
 
 # %% ../nbs/10_resume.ipynb #2a8a6b11
 import contextlib, hashlib, json, os, warnings
@@ -217,25 +217,17 @@ def state_of(
     return known | dict(complete=complete, metrics=report.to_dict('index'))
 
 # %% ../nbs/10_resume.ipynb #4a50f6ad
-def write_run(
-    folder:Path,         # of a run
-    asked:Asked,
-    report:pd.DataFrame, # what is done so far, a row per category
-    complete:bool,       # is that all?
-):
-    "Write the settings, the metrics so far, and which images were skipped."
-    state = state_of(asked, report, complete)
-    write_json(state | dict(skipped=read_skipped(folder)), folder)
-
 def write_state(
     folder:Path,         # of a run
     asked:Asked,
     report:pd.DataFrame, # what is done so far, a row per category
     complete:bool,       # is that all?
+    tables:bool=True,    # write the tables, too?
 ):
-    "Write the tables, the settings and the metrics so far."
-    if len(report): write_tables(folder, report)
-    write_run(folder, asked, report, complete)
+    "Write the settings, the metrics so far, and which images were skipped."
+    if tables and len(report): write_tables(folder, report)
+    state = state_of(asked, report, complete)
+    write_json(state | dict(skipped=read_skipped(folder)), folder)
 
 def read_run(
     folder:Path, # of a run
