@@ -335,8 +335,8 @@ def test_what_was_removed_meanwhile_is_missed(tmp_path, monkeypatch, gone):
     data = make_miniature(tmp_path/'data', n_train=4)
     shutil.copytree(data/'tile', data/'second')
     real = experiment.write_state
-    def clear(folder, asked, done, complete):
-        real(folder, asked, done, complete)
+    def clear(folder, asked, done, complete, **how):
+        real(folder, asked, done, complete, **how)
         if len(done) == 1: shutil.rmtree(folder/gone, ignore_errors=True)
     monkeypatch.setattr(experiment, 'write_state', clear)
     def go(**more): return run(small(), both(data), tmp_path/'r', report=False, save_model=True, pictures=True, model_format='ours', **more)
