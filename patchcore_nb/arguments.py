@@ -18,7 +18,7 @@ import click
 
 from .answers import ARGUMENTS
 from .base import *
-from .names import BACKBONES, PRESETS, SAMPLERS
+from .names import BACKBONES, PRESETS, SAMPLERS, WITH_WEIGHTS
 
 # %% ../nbs/12_arguments.ipynb #313c9322
 def stride_of(
@@ -111,7 +111,7 @@ def check_weights(
 ):
     "Refuse what cannot be said of a backbone's weights."
     if core['weights_dir'] and core['weights'] == 'random': raise click.UsageError('--weights random takes nothing from --weights_dir: pass one of them')
-    if name in BACKBONES and (core['weights_dir'] or core['weights'] == 'random'): raise click.UsageError(f"{name} has no weights: leave --weights and --weights_dir out")
+    if name in BACKBONES and name not in WITH_WEIGHTS and (core['weights_dir'] or core['weights'] == 'random'): raise click.UsageError(f"{name} has no weights: leave --weights and --weights_dir out")
 
 # %% ../nbs/12_arguments.ipynb #6316cc1d
 def layer_of(
@@ -284,7 +284,7 @@ def saved_models(
     paths = loader['patch_core_paths']
     if len(paths) == 1 and data['no_crop']: paths = paths*len(categories)
     sizes = [sizes_for(data, o, group['on_error']) if o.train or o.test else {} for o in categories]
-    how = compute_arguments(group, loader, data) | dict(search=loader.get('search'))
+    how = compute_arguments(group, loader, data) | {o: loader.get(o) for o in ('search', 'batchnorm', 'mean_std')}
     ready = partial(load, **how)
     pairs = zip(paths, sizes*len(paths))
     return [partial(ready, path, **size) for path, size in pairs]

@@ -9,7 +9,7 @@ __all__ = ['MOST_JSON', 'MOST_NESTS', 'OWN', 'MOST_HEADER', 'MOST_VALUE', 'MOST_
 
 # %% ../nbs/08_bounded.ipynb #6b66bdf7
 import contextlib, hashlib, json, stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -140,7 +140,7 @@ def parse_json(
 
 def read_json(
     path:Path,
-    sealed:str|None=None, # the format that ends with a digest of its own; older ones do not
+    sealed:Sequence[str]=(), # formats that end with a digest of their own; older ones do not
     first:Callable|None=None, # refuses values, if it knows a better reason than that they were edited
 ): # what it says; if it has a digest of its own, as it was written
     "Read a JSON file that may hold anything."
@@ -150,7 +150,7 @@ def read_json(
         raise unreadable(path, first_line(e)[:200], 'the model is damaged, fit it again') from None
     if first: first(values)
     if not isinstance(values, dict): return values
-    if OWN in values or sealed and values.get('format') == sealed: check_own(path, raw, values.get(OWN))
+    if OWN in values or values.get('format') in sealed: check_own(path, raw, values.get(OWN))
     return values
 
 # %% ../nbs/08_bounded.ipynb #90935840

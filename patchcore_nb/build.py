@@ -8,7 +8,7 @@ __all__ = ['LIBRARIES', 'ENDINGS', 'WRAPPINGS', 'HEADS', 'register_backbone', 's
            'create_backbone']
 
 # %% ../nbs/02_build.ipynb #222aaef1
-import logging, os, re
+import inspect, logging, os, re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +23,7 @@ from .names import BACKBONES, KNOWN
 # %% ../nbs/02_build.ipynb #970522e8
 def register_backbone(
     name:str, # what the command line shall call it
-)->Callable: # decorator for a function () -> nn.Module, ready without weights
+)->Callable: # decorator for a function () -> nn.Module, ready without weights; or of `weights` and `weights_dir`, as `create_backbone` takes them
     "Give a backbone of one's own a name."
     return BACKBONES.register(name)
 
@@ -249,6 +249,12 @@ def _from_library(library:str, there:str, name:str, weights:str, folder:str|Path
     if path is None: return _download(library, there, name)
     return put_weights(build_network(library, there, pretrained=False), path)
 
+def _from_table(name:str, weights:str, folder:str|Path|None)->nn.Module:
+    "Build a backbone of our own or the user's, which takes `weights` and `weights_dir` if it has weights."
+    build = BACKBONES[name]
+    offered, taken = dict(weights=weights, weights_dir=folder), inspect.signature(build).parameters
+    return build(**{k: v for k, v in offered.items() if k in taken})
+
 def create_backbone(
     name:str,                         # a name in `BACKBONES`, `KNOWN`, torchvision or timm, perhaps with "timm:" or ".seed-N"
     weights:str='pretrained',         # "pretrained", or "random" for timing and tests
@@ -260,6 +266,6 @@ def create_backbone(
     name, own_seed = split_seed(name)
     library, there = find_backbone(name)
     with _seeded(seed if own_seed is None else own_seed):
-        if library == 'ours': model = BACKBONES[there]()
+        if library == 'ours': model = _from_table(there, weights, weights_dir)
         else: model = _from_library(library, there, name, weights, weights_dir)
     return model.eval().requires_grad_(False)

@@ -14,7 +14,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from .base import *
-from .names import DATASETS, DISTANCES, MASK_THRESHOLDS, ON_ERROR, PATCH_SCORES, SAMPLERS, SEARCHES
+from .names import (
+    BATCHNORMS, DATASETS, DISTANCES, MASK_THRESHOLDS, MEAN_STDS, ON_ERROR, PATCH_SCORES, SAMPLERS, SEARCHES)
 
 # %% ../nbs/12_choices.ipynb #5b8ea4ec
 def is_typed(
@@ -118,6 +119,9 @@ FAISS_NUM_WORKERS = click.option('--faiss_num_workers', type=click.IntRange(1), 
 WEIGHTS_DIR = click.option('--weights_dir', type=PLACE, default=None, help='Folder with NAME.safetensors, NAME.pth or NAME.pt; else PATCHCORE_NB_WEIGHTS, else the download.')
 SAVED_SEARCH = click.option('--search', cls=Listed, type=Named(SEARCHES, shown=False), default=None, help="How neighbours are searched: {names}; the model's own if not given.")
 
+SAVED_BATCHNORM = click.option('--batchnorm', type=click.Choice(BATCHNORMS), default=None, help="Batch norms, for the reference's two files, which do not tell: moved by an image of ones (program), as its program does and if not given, or as they were trained (trained).")
+SAVED_MEAN_STD = click.option('--mean_std', type=click.Choice(MEAN_STDS), default=None, help="Mean and deviation by which images are normalised, likewise: ImageNet's (imagenet), as its program does and if not given, or those of the weights (weights).")
+
 @click.command('patch_core', help='the model')
 @click.option('--backbone_names', '-b', multiple=True, required=True, help='Backbone: wideresnet50 and all other names of the reference, filterbank (needs no weights), timm:NAME, torchvision:NAME; NAME.seed-N seeds it. Several make an ensemble.')
 @click.option('--layers_to_extract_from', '-le', multiple=True, required=True, help='Layer of the backbone, dotted paths allowed; repeat for several, the finest first. In an ensemble NUMBER.LAYER, with the number of the backbone, from 0.')
@@ -139,6 +143,8 @@ SAVED_SEARCH = click.option('--search', cls=Listed, type=Named(SEARCHES, shown=F
 @FAISS_NUM_WORKERS
 @click.option('--search', cls=Listed, type=Named(SEARCHES, shown=False), default='exact', show_default=True, help='How neighbours are searched: {names}; all but exact tell their recall.')
 @click.option('--precision', type=click.Choice(PRECISIONS), default='float32', show_default=True, help='Of the backbone; bfloat16 is faster where the processor knows it.')
+@click.option('--batchnorm', type=click.Choice(BATCHNORMS), default=None, help="Batch norms: moved by an image of ones before use, as the reference's program does (program), or as they were trained (trained). If not given, program for the reference's names of backbones, else trained.")
+@click.option('--mean_std', type=click.Choice(MEAN_STDS), default=None, help="Mean and deviation by which images are normalised: ImageNet's (imagenet), or those that the weights were trained with (weights). If not given, imagenet for the reference's names of backbones, else weights.")
 @click.option('--weights', type=click.Choice(['pretrained', 'random']), default='pretrained', show_default=True, help='Random weights are for timing and tests.')
 @WEIGHTS_DIR
 def patch_core(**kw): return as_part(kw)
@@ -175,6 +181,8 @@ def dataset(**kw): return as_part(kw)
 @FAISS_ON_GPU
 @FAISS_NUM_WORKERS
 @SAVED_SEARCH
+@SAVED_BATCHNORM
+@SAVED_MEAN_STD
 @WEIGHTS_DIR
 def patch_core_loader(**kw): return as_part(kw)
 

@@ -209,9 +209,11 @@ def _per_channel(values:tuple, like:Tensor)->Tensor: # (3, 1, 1)
 
 def normalise(
     images:Tensor, # (..., 3, H, W) in [0, 1]
+    mean:tuple=IMAGENET_MEAN, # of each colour
+    std:tuple=IMAGENET_STD,   # its deviation
 )->Tensor: # the same shape, about zero mean and unit deviation
-    "Take out ImageNet's mean and deviation."
-    mean, std = (_per_channel(o, images) for o in (IMAGENET_MEAN, IMAGENET_STD))
+    "Take out a mean and a deviation."
+    mean, std = (_per_channel(o, images) for o in (mean, std))
     return (images-mean)/std
 
 def denormalise(
@@ -224,11 +226,13 @@ def denormalise(
 # %% ../nbs/00_core.ipynb #e5b53556
 def to_tensor(
     im:Image.Image, # 8-bit RGB
+    mean:tuple=IMAGENET_MEAN, # of each colour in [0, 1]
+    std:tuple=IMAGENET_STD,   # its deviation
 )->Tensor: # (3, H, W) float32, normalised
     "Turn an image into what the network sees of it."
     pixels = torch.from_numpy(np.array(im)) # (H, W, 3) uint8
     images = pixels.permute(2, 0, 1).float()/255
-    return normalise(images).contiguous()
+    return normalise(images, mean, std).contiguous()
 
 # %% ../nbs/00_core.ipynb #925019f1
 def progress(

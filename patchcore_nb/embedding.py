@@ -20,6 +20,7 @@ from .core import *
 from .bit_depth import check_value_range
 from .data import Preprocess, parse_pixels
 from .extractor import split_seed
+from .program import choose_batchnorm, choose_mean_std
 
 # %% ../nbs/07_embedding.ipynb #0fbd8b25
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Embedding:
     unit:bool=False                      # is each embedding brought to length 1?
     precision:str='float32'              # of the backbone: "float32" or "bfloat16"
     seed:int=0                           # of random weights and random projections
+    batchnorm:str|None=None              # "program": moved by an image of ones, as the reference does; "trained"; None: by the backbone's name
+    mean_std:str|None=None               # by which images are normalised: "imagenet" or "weights"; None: by the backbone's name
     weights_sha256:str=''                # of the backbone's weights, as calibrated; empty: not known yet
     network_sha256:str=''                # of what else the backbone is, as `digest_network` finds it; empty: not known yet
 
@@ -50,6 +53,8 @@ class Embedding:
             if size is not None: object.__setattr__(self, name, parse_pixels(size, name))
         shown = self.value_range
         if shown is not None: object.__setattr__(self, 'value_range', check_value_range(shown))
+        choose = dict(batchnorm=choose_batchnorm, mean_std=choose_mean_std)
+        for name, f in choose.items(): object.__setattr__(self, name, f(self.backbone, getattr(self, name)))
         check_fields(self)
         check_seed(self.seed)
 
@@ -63,6 +68,12 @@ class Embedding:
     def preprocess(self)->Preprocess:
         "How an image is scaled and cut."
         return Preprocess(self.resize, self.imagesize, self.value_range)
+
+    @property
+    def ones(self)->tuple[int,int]: # (H, W), pixels
+        "The size of the image of ones that moves batch norms."
+        size = self.preprocess.size
+        return (224, 224) if self.imagesize is None or size is None else size
 
 # %% ../nbs/07_embedding.ipynb #54f48d7a
 def settle(

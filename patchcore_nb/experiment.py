@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['JUDGED', 'Outputs', 'wanted_of', 'Run', 'fit_category', 'search_recall', 'predict_category', 'find_suspects',
-           'report_category', 'fit_stages', 'one_category', 'check_test', 'check_run', 'run', 'outputs_of', 'is_lost',
-           'check_outputs', 'run_all', 'check_saved', 'judge_into', 'judge_saved']
+           'report_category', 'fit_stages', 'one_category', 'check_test', 'say_remarks', 'check_run', 'run',
+           'outputs_of', 'is_lost', 'check_outputs', 'run_all', 'check_saved', 'judge_into', 'judge_saved']
 
 # %% ../nbs/10_run.ipynb #073f0dfe
 import warnings
@@ -170,6 +170,14 @@ def check_test(category:Category):
     "Refuse a category without test images."
     if not category.test: raise DataError(f'{category.key} has no test images: put some into test/good and test/DEFECT')
 
+def say_remarks(
+    model:Detector, # whose backbones are built
+):
+    "Say once what is unusual about the networks, where progress is shown."
+    shown = [o for o in model.members if o.show]
+    lines = [line for o in shown for line in o.embedder_.remarks]
+    for o in dict.fromkeys(lines): say(o)
+
 def check_run(
     model:Detector,
     categories:Sequence[Category],
@@ -178,6 +186,7 @@ def check_run(
     "Look for whatever is wrong before the work begins."
     check_on_error(on_error)
     model = model.fresh().check()
+    say_remarks(model)
     def look(category): check_category(category, model.members[0].show)
     for o in categories:
         check_test(o)

@@ -215,10 +215,10 @@ def announce_plan(
     split:Split,
     n:int, # training images
 )->Plan:
-    "Make the plan of a fit, and say it where progress is shown."
+    "Make the plan of a fit, and say it where progress is shown, with what is unusual about the network."
     load = memory_load(embedder, recipe, len(split.keep), split.n_kept, n-len(split.keep))
     plan = plan_for(embedder, load)
-    if embedder.how.show: say(f'plan: {plan}')
+    for o in (f'plan: {plan}', *embedder.remarks) if embedder.how.show else (): say(o)
     return plan
 
 # %% ../nbs/07e_fitting.ipynb #b93f3557

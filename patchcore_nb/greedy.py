@@ -108,7 +108,7 @@ def next_picks(
 )->tuple[Tensor,list[float]]: # (m,) int64 picks in order, their anchor distances
     "Make as many picks as the pool can vouch for."
     top, which = largest(anchors, min(pool+1, len(rows)))
-    if top[0] == torch.inf: return which.new_zeros(1), [torch.inf] # nothing is picked yet: take the first
+    if top[0] == torch.inf: return anchors.argmax()[None], [torch.inf] # nothing is picked yet: take the first that is as far
     bound = float(top[pool]) if len(rows) > pool else -torch.inf
     which = which[:pool] # (B,)
     table = pool_table(rows, which, scratch).numpy()

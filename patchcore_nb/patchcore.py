@@ -64,6 +64,8 @@ class PatchCore(Estimator):
         reweight_k:int=9,                     # neighbours of the neighbour, for the patch score "reweighted"
         smoothing:float=4.,                   # deviation of the Gaussian over the maps, pixels; 0: none
         value_range:tuple[float,float]|None=None, # black and white in images of more than 8 bits; None: found from the training images
+        batchnorm:str|None=None,              # "program": moved by an image of ones, as the reference does; "trained"; None: by the backbone's name
+        mean_std:str|None=None,               # by which images are normalised: "imagenet" or "weights"; None: by the backbone's name
         *,
         weights_dir:str|Path|None=None,       # folder with weights files; None: PATCHCORE_NB_WEIGHTS
         device:int|str|torch.device|None=None, # as `pick_device` takes it

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['HEADER', 'FILLER', 'NESTS', 'PLAIN_OPS', 'MOST_NESTS', 'REFERENCE_KEYS', 'MOST_BYTES', 'ALWAYS', 'NUMBERS',
-           'REFERENCE_PARAMS', 'REFERENCE_INDEX', 'CALLED', 'write_faiss_flat', 'bad_index', 'check_header',
-           'index_shape', 'read_faiss_flat', 'check_program', 'PlainUnpickler', 'is_plain', 'is_plain_list',
-           'plain_value', 'read_reference_params', 'usual_resize', 'odd_sizes', 'not_in_reference', 'reference_values',
-           'write_reference', 'our_params', 'check_stride', 'read_reference', 'usually_scaled']
+           'REFERENCE_PARAMS', 'REFERENCE_INDEX', 'CALLED', 'AS_THEIRS', 'write_faiss_flat', 'bad_index',
+           'check_header', 'index_shape', 'read_faiss_flat', 'check_program', 'PlainUnpickler', 'is_plain',
+           'is_plain_list', 'plain_value', 'read_reference_params', 'usual_resize', 'odd_sizes', 'not_in_reference',
+           'reference_values', 'seen_otherwise', 'write_reference', 'our_params', 'check_stride', 'read_reference',
+           'usually_scaled']
 
 # %% ../nbs/08_reference_files.ipynb #08805e0a
 import io, pickle, pickletools, struct
@@ -24,6 +25,7 @@ from .embedding import split_seed
 from .model_files import MOST, Wanted, at_size, by_search, check_own_size, wake
 from .backbones import reference_name
 from .patchcore import PatchCore
+from .program import Norm, batch_norms, norm_of
 
 # %% ../nbs/08_reference_files.ipynb #5691fcc8
 HEADER = struct.Struct('<4siqqqBiQ') # kind, D, M, two fillers, trained, metric, number of floats: 45 bytes
@@ -187,8 +189,9 @@ def not_in_reference(
     "List what the reference's files cannot say about a model."
     name = split_seed(model.backbone)[0]
     stranger = [] if reference_name(name) else [f'the backbone {name}']
-    own = {k: as_plain(v) for k, v in model.get_params().items()}
+    own = {k: as_plain(v) for k, v in model.get_params().items()} | dict(mean_std=model.embedding.mean_std)
     odd = [k for k, v in ALWAYS.items() if own[k] != v]
+    if norm_of(name, model.embedding.mean_std) != Norm(): odd.append('mean_std')
     return stranger+[f'{o} {own[o]!r}' for o in (*odd, *odd_sizes(model))]
 
 # %% ../nbs/08_reference_files.ipynb #68b2e1d1
@@ -210,6 +213,13 @@ def reference_values(
     values['input_shape'] = (3, *model.preprocess_.size)
     return {k: values[k] for k in REFERENCE_KEYS}
 
+def seen_otherwise(
+    model:PatchCore, # fitted
+)->bool:
+    "Tell whether the reference's program will use the network in another way than the model does."
+    embedder = model.embedder_
+    return embedder.what.batchnorm == 'trained' and bool(batch_norms(embedder.trained_))
+
 def write_reference(
     model:PatchCore, # fitted; nobody asks here whether the reference can express it
     folder:Path,     # which is there
@@ -223,6 +233,8 @@ def write_reference(
     return [params, index]
 
 # %% ../nbs/08_reference_files.ipynb #17d61d81
+AS_THEIRS = dict(batchnorm='program', mean_std='imagenet') # of every network, in the reference
+
 def our_params(
     values:dict, # the reference's
 )->dict: # ours, as a file would say them
@@ -230,7 +242,7 @@ def our_params(
     _, h, w = values['input_shape']
     size = h if h == w else [h, w]
     params = {ours: values[theirs] for ours, theirs in CALLED.items()}
-    return params | dict(imagesize=size, resize=usual_resize(size))
+    return params | dict(imagesize=size, resize=usual_resize(size)) | AS_THEIRS
 
 def check_stride(
     path:Path, # for errors
@@ -259,7 +271,8 @@ def read_reference(
     k = values['anomaly_scorer_num_nn']
     if k > m: raise DataError(f'{folder} holds {m} patches, but its parameters ask for {k} neighbours: the two files do not belong together')
     rows = read_faiss_flat(index)
-    state = by_search(folder, dict(params=our_params(values), learned={}), wanted)
+    params = our_params(values) | wanted.network
+    state = by_search(folder, dict(params=params, learned={}), wanted)
     state = at_size(state, usually_scaled(wanted, shape))
     return wake(folder, state, dict(memory_bank=rows), wanted)
 

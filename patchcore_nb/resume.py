@@ -48,7 +48,9 @@ def plain_params(
     model, # a single one
 )->dict: # plain values
     "List the arguments that say what a model is."
+    what = model.embedding
     params = {k: v for k, v in model.get_params().items() if k not in RUNTIME}
+    params |= dict(batchnorm=what.batchnorm, mean_std=what.mean_std) # which may follow from the backbone's name
     return {k: list(v) if isinstance(v, tuple) else v for k, v in params.items()}
 
 def settings_of(

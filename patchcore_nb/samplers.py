@@ -82,9 +82,10 @@ def single_start(
     seed:int,        # of projection and starting row
     show:bool,       # draw a progress bar?
 )->Sampled:
-    "Pick greedily in a sparse projection, from the distance to one random row, as anomalib does."
+    "Pick greedily in a sparse projection, one random row first, as anomalib does."
     low = project_sparse(rows, .9, seed)
-    return _greedy(low, start_mean(low, _some_rows(low, 1, seed)), sizes, show)
+    first = _some_rows(low, 1, seed)
+    return _greedy(low, start_mean(low, first).index_fill_(0, first, torch.inf), sizes, show)
 
 # %% ../nbs/04_samplers.ipynb #71416311
 def nearest_at_sizes(

@@ -17,8 +17,8 @@ from .arguments import check_folders, find_categories, saved_models
 from .base import SkippedWarning, renamed
 from .choices import HELP, Parts, Size, check_parts, refuse, without
 from .choices import (
-    CACHE, GPU, LANG, NO_REPORT, NUM_THREADS, PICTURES, PLACE, SAVED_SEARCH, SKIP_OR_STOP, STOP_OR_SKIP,
-    WEIGHTS_DIR, dataset, patch_core_loader)
+    CACHE, GPU, LANG, NO_REPORT, NUM_THREADS, PICTURES, PLACE, SAVED_BATCHNORM, SAVED_MEAN_STD, SAVED_SEARCH,
+    SKIP_OR_STOP, STOP_OR_SKIP, WEIGHTS_DIR, dataset, patch_core_loader)
 from .characters import say
 from .cli import report_arguments, show_run, tell
 from .names import FORMATS, MAPS
@@ -120,6 +120,8 @@ def said_of_lost(
 @click.option('--resize', type=Size(), default=None, help="Shorter side of the scaled image, pixels, or height x width; the model's own if not given.")
 @click.option('--imagesize', type=Size(), default=None, help="Side of the square cut from its middle, pixels, or height x width; the model's own if not given.")
 @SAVED_SEARCH
+@SAVED_BATCHNORM
+@SAVED_MEAN_STD
 @WEIGHTS_DIR
 @SKIP_OR_STOP
 def predict_cli(model, images, output, kind, maps, on_error, **how):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEARNED_OF_BANK', 'LEARNED', 'OF_ROWS', 'get_state', 'as_list', 'learned_of', 'tensors_of', 'check_black',
-           'check_params', 'check_registered', 'check_learned', 'check_tensors', 'wake_embedder', 'wake_bank',
-           'from_state']
+           'check_params', 'check_registered', 'check_learned', 'check_tensors', 'wake_embedder', 'with_weights',
+           'wake_bank', 'from_state']
 
 # %% ../nbs/07h_state.ipynb #5fea1c2c
 import typing, warnings
@@ -33,7 +33,9 @@ def get_state(
 )->tuple[dict,dict]: # plain values by name; tensors by name
     "Take a model apart into all that is needed to rebuild it."
     fitted = fitted_for(model, 'saving')
-    params = {k: as_list(v) for k, v in model.get_params().items() if k not in RUNTIME}
+    what = fitted.embedder.what
+    chosen = dict(batchnorm=what.batchnorm, mean_std=what.mean_std) # by a rule perhaps, which may be another one day
+    params = {k: as_list(v) for k, v in (model.get_params()|chosen).items() if k not in RUNTIME}
     return dict(params=params, learned=learned_of(fitted)), tensors_of(fitted)
 
 def as_list(o): # as a file says it
@@ -59,7 +61,7 @@ def tensors_of(
     fitted:Fitted,
 )->dict[str,Tensor]: # by name, contiguous
     "List the tensors of a model; a model of the reference has no origin."
-    bank, backbone = fitted.bank, fitted.embedder.backbone
+    bank, backbone = fitted.bank, fitted.embedder.trained_
     found = dict(memory_bank=bank.rows, origin=bank.origin, idxs=bank.idxs, anchor_dists=bank.anchor_dists)
     if hasattr(backbone, 'calibrate'):
         for k, v in backbone.state_dict().items(): found[f'backbone.{k}'] = v.cpu()
@@ -159,10 +161,19 @@ def wake_embedder(
     if learned_range: what = replace(what, value_range=learned_range)
     embedder = Embedder(what, model.compute)
     own = {k.removeprefix('backbone.'): v for k, v in tensors.items() if k.startswith('backbone.')}
-    if own: embedder.backbone.load_state_dict(own)
+    if own: embedder = with_weights(embedder, own)
     if learned.get('backbone_sha256') not in (None, embedder.identified.weights_sha256):
         warnings.warn(f'the weights of {model.backbone} are not those that this model was fitted with: its scores may mean nothing')
     return embedder
+
+def with_weights(
+    embedder:Embedder, # of which nothing is kept but the backbone
+    own:dict[str,Tensor], # of the backbone
+)->Embedder:
+    "Give a backbone its weights, and build on it."
+    backbone = embedder.trained_
+    backbone.load_state_dict(own)
+    return Embedder(embedder.what, embedder.how, backbone)
 
 def wake_bank(
     model:PatchCore,

