@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 METADATA := settings.ini setup.py pyproject.toml
 
-.PHONY: help demo test quick docs lab readme bench
+.PHONY: help demo test quick docs lab readme bench peers
 help:
 	@grep '^## ' Makefile
 
@@ -58,6 +58,12 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/scores.py
 	$(BIN)/python benchmarks/contamination.py
 	$(BIN)/python benchmarks/busy.py
+
+## make peers   pip install -e . pytest anomalib==2.7.0, in .venv-peers  then pytest tests/peers (the preset anomalib against anomalib itself; figures into benchmarks/results/peers.csv)
+peers:
+	test -x .venv-peers/bin/pip || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install -e . pytest anomalib==2.7.0
+	.venv-peers/bin/python -m pytest tests/peers
 
 ## make lowest.txt   uv pip compile (the lowest version of every requirement, for pip; faiss for the CPU, since that for the GPU asks for a newer torch)
 lowest.txt: settings.ini

@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = ['FIRST', 'SECOND', 'THIRD', 'FORMAT', 'SEALED', 'READABLE', 'TENSORS', 'VALUES', 'MADE_WITH', 'PARTS', 'MOST',
-           'MOST_LISTED', 'AS_BEFORE', 'MOST_BESIDE', 'SMALL_FILE', 'version_of', 'versions', 'plain_params',
-           'say_images', 'write_model', 'check_parts', 'too_large', 'check_bounds', 'naming', 'of_today', 'read_values',
-           'is_different', 'check_digests', 'does_not_fit', 'check_bank', 'read_tensors', 'Wanted', 'check_runtime',
-           'check_network', 'seen_size', 'own_shape', 'same_size', 'say_no_threshold', 'at_size', 'by_search', 'wake',
-           'check_own_size', 'read_model']
+           'MOST_LISTED', 'MOST_BESIDE', 'SMALL_FILE', 'version_of', 'versions', 'plain_params', 'say_images',
+           'write_model', 'check_parts', 'too_large', 'check_bounds', 'naming', 'of_today', 'read_values',
+           'is_different', 'check_digests', 'does_not_fit', 'check_bank', 'read_tensors', 'wake', 'check_own_size',
+           'read_model']
 
 # %% ../nbs/08_model_files.ipynb #9f760b2e
-import contextlib, math, platform, warnings
+import contextlib, math, platform
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -24,12 +22,11 @@ from torch import Tensor
 from .bounded import (
     MOST_PIXELS, MOST_VALUE, check_layout, check_room, digest, is_usable,
     read_bytes, read_json, size_of, write_json)
+from .at_load import AS_BEFORE, Wanted, at_size, by_search, check_network, check_runtime, own_shape, seen_size
 from .core import *
-from .data import Preprocess, parse_pixels
+from .data import parse_pixels
 from .estimator import RENAMED
-from .embedding import RUNTIME, Compute, Embedding, check_compute
 from .fitting import check_search
-from .names import SEARCHES
 from .patchcore import PatchCore
 from .state import as_list, check_learned, check_params, check_tensors, from_state, get_state
 
@@ -132,8 +129,6 @@ def naming(
     try: yield
     except PatchCoreError as e: raise DataError(f'{path}: {first_line(e)}') from None
 
-AS_BEFORE = dict(batchnorm='trained', mean_std='imagenet') # in models of 0.1, which do not say so
-
 def of_today(
     values:dict, # of a model, of this version or an older one
 )->dict: # its parameters
@@ -224,97 +219,6 @@ def read_tensors(
     except DataError: raise
     except Exception as e: raise does_not_fit(folder, e) from None
     return tensors
-
-# %% ../nbs/08_model_files.ipynb #4057aa8b
-@dataclass(frozen=True)
-class Wanted:
-    "Settings of `load` that replace those in the files."
-    sizes:dict=field(default_factory=dict)   # `resize` and `imagesize`, as a file would say them; what is not among them stays
-    shape:tuple[int,int]|None=None           # (width, height) of an image that settles the size where nothing is cut; None: the model's own
-    search:str|None=None                     # how neighbours are found; None: the model's own
-    network:dict=field(default_factory=dict) # `batchnorm` and `mean_std`, which the reference's files do not tell; what is not among them is its program's
-    runtime:dict=field(default_factory=dict) # fields of `Compute`
-
-def check_runtime(
-    runtime:dict, # fields of `Compute`, or anything
-):
-    "Refuse what cannot be computed with, before the files are blamed for it."
-    wrong = [o for o in runtime if o not in RUNTIME]
-    if wrong: raise ArgumentError(f"{', '.join(wrong)} cannot be changed in a fitted model: only {', '.join(RUNTIME)} can")
-    how = check_compute(Compute(**runtime))
-    for search in (False, True): how.device_of(search)
-
-# %% ../nbs/08_model_files.ipynb #c83c4b3a
-def check_network(
-    folder:Path, # for errors
-    params:dict, # of a model of ours
-    wanted:Wanted,
-):
-    "Refuse a network that is used in another way than when a model was fitted."
-    for name, asked in wanted.network.items():
-        own = getattr(Embedding(params['backbone'], **{o: params.get(o) for o in AS_BEFORE}), name)
-        if asked != own: raise ArgumentError(f'{folder} was fitted with {name} {own}, and its memory holds what that network saw: leave {name} out, or fit again with {name} {asked}')
-
-def seen_size(
-    params:dict, # with `resize` and `imagesize`
-    shape:tuple[int,int]|None, # (width, height) of an image that settles the size where nothing is cut
-)->tuple: # equal for equal sizes
-    "Tell what the network sees of an image."
-    how = Preprocess(params['resize'], params['imagesize'])
-    if shape: how = how.settle(shape)
-    return how.resize, how.size, how.imagesize is None
-
-def own_shape(
-    values:dict, # of a model
-)->tuple[int,int]|None: # (width, height); None: it was not needed
-    "Tell the shape of the image that settled the size of a model."
-    size = values['learned'].get('size')
-    return tuple(size[::-1]) if size and values['params']['imagesize'] is None else None
-
-def same_size(
-    values:dict, # of a model
-    wanted:Wanted,
-)->bool:
-    "Tell whether a model sees images as it did when it was fitted."
-    own = own_shape(values)
-    params = values['params'] | wanted.sizes
-    return not wanted.sizes or seen_size(params, wanted.shape or own) == seen_size(values['params'], own)
-
-# %% ../nbs/08_model_files.ipynb #8cf0b2f6
-def say_no_threshold():
-    "Warn that a threshold is gone."
-    warnings.warn('the threshold belongs to images of the size that the model was fitted at: at another size it has none')
-
-def at_size(
-    values:dict, # of a model
-    wanted:Wanted,
-)->dict: # new ones, if the size is another
-    "Change a model's values to another size; its grid is found anew, and its threshold is gone."
-    if same_size(values, wanted): return values
-    params = values['params'] | wanted.sizes
-    learned, shape = values['learned'], wanted.shape or own_shape(values)
-    whole = params['imagesize'] is None
-    if whole and isinstance(params['resize'], int) and not shape: raise ArgumentError('nothing shall be cut, but the shape of the images is not known: pass resize=(height, width), or the shape of an image')
-    if (learned.get('calibration') or {}).get('threshold') is not None: say_no_threshold()
-    size = list(shape[::-1]) if whole and shape else None
-    return values | dict(params=params, learned=learned | dict(calibration=None, size=size))
-
-# %% ../nbs/08_model_files.ipynb #6b9a44bc
-def by_search(
-    folder:Path, # for errors
-    values:dict, # of a model
-    wanted:Wanted,
-)->dict: # new ones, if another search is wanted
-    "Change how a model finds neighbours, or say that its own search cannot be used here."
-    own, params = values['params'].get('search', 'exact'), values['params']
-    if wanted.search is None:
-        try: own in SEARCHES and SEARCHES[own]()
-        except ArgumentError as e: raise DataError(f"{folder} was saved with search {own}, which cannot be used here: {first_line(e).partition(': ')[2]}, or pass search='exact'") from None
-        return values
-    SEARCHES.find(wanted.search)()
-    calibration = values['learned'].get('calibration')
-    if (calibration or {}).get('threshold') is not None and wanted.search != own: warnings.warn(f'the threshold was found with search {own}: with {wanted.search} scores are a little different')
-    return values | dict(params=params | dict(search=wanted.search))
 
 # %% ../nbs/08_model_files.ipynb #8c06f5e8
 def wake(

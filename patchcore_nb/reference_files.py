@@ -22,7 +22,8 @@ from torch import Tensor
 from .bounded import MOST_VALUE, check_room, is_usable, opened, read_bytes, size_of
 from .core import *
 from .embedding import split_seed
-from .model_files import MOST, Wanted, at_size, by_search, check_own_size, wake
+from .at_load import Wanted, at_size, by_search
+from .model_files import MOST, check_own_size, wake
 from .backbones import reference_name
 from .patchcore import PatchCore
 from .program import Norm, batch_norms, norm_of

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from .at_load import Wanted, check_runtime, same_size, say_no_threshold
 from .base import renamed
 from .bounded import MOST_JSON, digest, read_json, unreadable, write_json
 from .complete import put_aside
@@ -22,8 +23,7 @@ from .data import parse_pixels
 from .ensemble import Ensemble, Joined
 from .fitting import Fitted
 from .model_files import (
-    FORMAT, READABLE, SEALED, TENSORS, VALUES, Wanted, check_runtime, does_not_fit, read_model, read_values,
-    same_size, say_no_threshold, write_model)
+    FORMAT, READABLE, SEALED, TENSORS, VALUES, does_not_fit, read_model, read_values, write_model)
 from .patchcore import PatchCore, not_fitted
 from .program import choose_batchnorm, choose_mean_std
 from .reference_files import (

@@ -151,9 +151,9 @@ sampler -p 0.1 approx_greedy_coreset dataset --resize 256 --imagesize 224 -d cab
 @pytest.mark.parametrize('path', ['DATA', 'F:/data/mvtec_anomaly_detection', r'F:\data\mvtec_anomaly_detection', '/data/mvtec anomaly'])
 def test_the_seed_command_parses_to_the_letter(call, path, monkeypatch, tmp_path):
     "With a small stand-in for the download it gets as far as the data, which is not there."
-    from patchcore_nb import embedder
+    from patchcore_nb import building
     built = []
-    monkeypatch.setattr(embedder, 'create_backbone', lambda name, *a, real=embedder.create_backbone, **kw: built.append(name) or real('resnet18', 'random'))
+    monkeypatch.setattr(building, 'create_backbone', lambda name, *a, real=building.create_backbone, **kw: built.append(name) or real('resnet18', 'random'))
     refused(call(args=[*SEED_COMMAND, path]), 1, str(Path(path)), 'is not there')
     assert built == ['wideresnet50'] and not (tmp_path/'results').exists()
 

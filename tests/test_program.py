@@ -22,7 +22,7 @@ from patchcore_nb.ensemble import Ensemble
 from patchcore_nb.model_files import FIRST, FORMAT, SECOND, THIRD
 from patchcore_nb.names import KNOWN, PRESETS
 from patchcore_nb.patchcore import PatchCore
-from patchcore_nb.program import Norm, batch_norms, choose_batchnorm, choose_mean_std, habits_of, move_batch_norms, norm_of, share_weights
+from patchcore_nb.program import Norm, batch_norms, choose_batchnorm, choose_mean_std, habits_of, move_batch_norms, norm_of
 from patchcore_nb.saved import evaluate_main, predict_main
 from patchcore_nb.store import load, save
 
@@ -197,7 +197,7 @@ def test_trained_in_their_format_warns(of_reference, tmp_path):
         warnings.simplefilter('error')
         save(model, tmp_path/'ours', 'ours')
         save(of_reference[0], tmp_path/'both2', 'both')
-        none = PatchCore('vgg11', ['features.14'], weights='random', batchnorm='trained', **SMALL).fit(IMAGES) # no batch norms at all
+        PatchCore('vgg11', ['features.14'], weights='random', batchnorm='trained', **SMALL).fit(IMAGES) # no batch norms at all
 
 def test_other_colours_are_not_in_their_format(tmp_path):
     model = PatchCore('inception_v4', ['features.9'], weights='random', mean_std='weights', **SMALL | dict(resize=96, imagesize=84))
