@@ -110,6 +110,7 @@ def check_asked(
     if model.train_val_split != 1: raise ArgumentError(f'a learning curve learns from all images that it counts, got train_val_split={model.train_val_split!r}: leave it out')
     for n in sizes: split_images(model.recipe, n, model.embedder_.grid_)
 
+# %% ../nbs/10f_learning_curve.ipynb #fff6f15f
 @usual_torch()
 def judge_order(
     model:PatchCore, # checked
