@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['USUAL', 'ALL', 'both_have', 'chosen', 'own_spread', 'spread_note', 'same_note', 'block', 'cells', 'Comparison',
-           'compare_runs', 'plot_comparison']
+           'compare_runs', 'write_comparison', 'plot_comparison']
 
 # %% ../nbs/10e_comparison.ipynb #23237fe9
 import os
@@ -21,7 +21,7 @@ from .characters import printable
 from .core import *
 from .plots import BAD, GOOD
 from .read_back import Results, about, lacks, read_results, settings_notes
-from .results import INTERVALS
+from .results import INTERVALS, write_table
 from .show import table_html
 from .spread import as_table, differences, side_of
 
@@ -157,6 +157,15 @@ def compare_runs(
     notes += same_note(a, b, list(known.index))
     notes.append(spread_note(a, b, table.beyond.loc[list(shown)]))
     return Comparison(table, tuple(filter(None, notes)), shown)
+
+# %% ../nbs/10e_comparison.ipynb #af4fc67e
+def write_comparison(
+    comparison:Comparison,
+    path:str|Path, # a CSV file
+):
+    "Write the table of a comparison, whole or not at all."
+    table = comparison.table.reset_index()
+    write_table(table.astype(dict(beyond='Int64')), path, index=False)
 
 # %% ../nbs/10e_comparison.ipynb #bc95d603
 def plot_comparison(

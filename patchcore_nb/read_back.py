@@ -177,7 +177,7 @@ def settings_notes(
 )->list[str]: # lines
     "Say what differs between what two runs were asked for."
     lost = [name for name, o in (('A', a), ('B', b)) if o is None]
-    if lost: return [f'settings: not compared, since {" and ".join(lost)} has no {SETTINGS} that can be read']
+    if lost: return [f'settings: not compared, for want of a {SETTINGS} that can be read in {" and in ".join(lost)}']
     changes = differing(asked_for(a), asked_for(b))
     images = other_images(images_of(a), images_of(b))
     lines = [f'settings: {", ".join(changes) or "the same, and so are versions and devices"}']
