@@ -111,7 +111,7 @@ def cells(
     def number(x, form='.4f'): return '-' if pd.isna(x) else format(x, form)
     metric, category = (escape(printable(o)) for o in row.Index)
     interval = '-' if pd.isna(row.low) else f'{row.low:+.4f} to {row.high:+.4f}'
-    mark = ' *' if row.beyond is True else ''
+    mark = ' *' if pd.notna(row.beyond) and row.beyond else ''
     difference = f'<b>{number(row.difference, "+.4f")}</b>{mark}'
     return [metric, category, number(row.a), number(row.b), difference, interval]
 
@@ -177,7 +177,7 @@ def plot_comparison(
     table = comparison.of(metric)
     y = np.arange(len(table))
     if ax is None: _, ax = plt.subplots(figsize=(6.4, 1+.32*len(table)), layout='constrained')
-    colours = [BAD if o is True else '#c0c8d0' for o in table.beyond.astype(object)]
+    colours = np.where(table.beyond.fillna(False), BAD, '#c0c8d0')
     ax.hlines(y, table.a+table.low, table.a+table.high, color=colours, lw=6, alpha=.7)
     ax.hlines(y, table.a, table.b, color='k', lw=1)
     ax.plot(table.a, y, 'o', c='k', mfc='w', ms=6, label='A')
