@@ -49,7 +49,7 @@ def with_reach_of_mean(
     far:pd.DataFrame,   # a row per category: how far intervals reach
     known:pd.DataFrame, # of the same shape, bool: what counts in the mean
 )->pd.DataFrame: # the same, and a last row "Mean"
-    "Put together how far the mean reaches, as the categories are independent; one that is not known leaves it open."
+    "Put together how far the mean reaches; a category that is not known leaves it open."
     far = far.clip(lower=0)
     squares = (far**2).where(known, 0.)
     mean = squares.sum(skipna=False)**.5/known.sum()
