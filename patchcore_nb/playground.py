@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ASKED', 'CHOSEN', 'Setting', 'evenly', 'check_lab', 'Lab', 'Maps', 'maps_of', 'feature_maps', 'joiner', 'Near',
-           'look_up', 'neighbours', 'Judged', 'check_setting', 'measured', 'scores_of', 'metrics_of', 'judge_setting',
+           'look_up', 'neighbours', 'measured', 'Judged', 'check_setting', 'scores_of', 'metrics_of', 'judge_setting',
            'setting_cells', 'best_of', 'metric_cell', 'tried_html', 'RATIOS', 'EverySize', 'curve_svg', 'draw_plane',
            'nested']
 
@@ -195,6 +195,20 @@ def neighbours(
     def make(): return look_up(lab, maps, chosen, patchsize)
     return lab.keep('neighbours', (backbone, chosen, patchsize), make)
 
+# %% ../nbs/10b_playground.ipynb #5b60d90e
+def measured(
+    lab:Lab,         # the laboratory
+    setting:Setting, # what was chosen
+    rule:Rule,       # of it
+    near:Near,       # as `neighbours` returns it
+)->Near:
+    "Add what the patch score measures of each stored patch, if it does."
+    if not measures(setting.patch_score): return near
+    memory_bank, search, _ = near.neighbours
+    choice = setting.backbone, setting.layers, setting.patchsize, setting.patch_score
+    spread = lab.keep('spread', choice, lambda: measure_bank(rule, memory_bank, search))
+    return near._replace(neighbours=Neighbours(memory_bank, search, spread))
+
 # %% ../nbs/10b_playground.ipynb #b59b274a
 class Judged(NamedTuple):
     "What a setting is worth."
@@ -210,19 +224,6 @@ def check_setting(
     "Refuse what cannot be worked out."
     PATCH_SCORES.find(setting.patch_score)
     if not 1 <= setting.k <= lab.most_k: raise ArgumentError(f'k must be in [1, {lab.most_k}] in this laboratory, got {setting.k}')
-
-def measured(
-    lab:Lab,         # the laboratory
-    setting:Setting, # what was chosen
-    rule:Rule,       # of it
-    near:Near,       # as `neighbours` returns it
-)->Near:
-    "Add what the patch score measures of each stored patch, if it does."
-    if not measures(setting.patch_score): return near
-    memory_bank, search, _ = near.neighbours
-    choice = setting.backbone, setting.layers, setting.patchsize, setting.patch_score
-    spread = lab.keep('spread', choice, lambda: measure_bank(rule, memory_bank, search))
-    return near._replace(neighbours=Neighbours(memory_bank, search, spread))
 
 def scores_of(
     rule:Rule, # how distances become scores

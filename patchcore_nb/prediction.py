@@ -149,9 +149,8 @@ def score_images(
     maps = empty_maps(len(items), embedder.preprocess_.size, counted, embedder.how.spill_dir)
     def keep(place, drawn): maps[place].copy_(drawn)
     found = score_patches(embedder, scorer, items, keep, smoothing, word)
-    same_scale = not measures(scorer.rule.patch_score)
     return Prediction(items, found.image_scores, maps, found.patch_scores, found.nn_idxs,
-                      embedder.preprocess_, calibration, counted, same_scale)
+                      embedder.preprocess_, calibration, counted, not measures(scorer.rule.patch_score))
 
 # %% ../nbs/07d_prediction.ipynb #382eafaf
 @runtime_checkable

@@ -82,6 +82,7 @@ def sweep_batch(
         out[m, rule] = Found(found.image_scores.cpu(), found.patch_scores.cpu())
     return out
 
+# %% ../nbs/10_sweep.ipynb #afe84ec3
 def asked_of(
     bank:Tensor,         # (M, D) memory bank, in pick order
     sizes:Sequence[int], # numbers of patches
@@ -96,6 +97,7 @@ def asked_of(
         for name, rule in asking.items(): found[m, name] = Neighbours(rows, search, measure_bank(rule, rows, search))
     return found
 
+# %% ../nbs/10_sweep.ipynb #44a9d54e
 @by_own_threads
 def sweep_scores(
     embedder:Embedder,
