@@ -56,6 +56,7 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/pictures.py
 	$(BIN)/python benchmarks/scores.py
+	$(BIN)/python benchmarks/relative.py
 	$(BIN)/python benchmarks/contamination.py
 	$(BIN)/python benchmarks/busy.py
 	$(BIN)/python benchmarks/backbones.py

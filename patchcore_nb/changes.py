@@ -19,7 +19,8 @@ from .core import *
 from .data import hold_out
 from .embedder import with_turns
 from .embedding import Compute, by_own_threads, differences
-from .fitting import Fitted, check_kept, find_calibration, make_scorer, memory_load, plan_for
+from .fitting import (
+    Fitted, check_kept, find_calibration, make_scorer, memory_load, plan_for, with_spread)
 from .items import as_items
 from .left_out import LeftOut, judge_left_out
 from .memory_bank import MemoryBank, digest_images, known_radius, places
@@ -61,6 +62,7 @@ def with_bank(
     scorer = make_scorer(fitted.recipe, bank, fitted.embedder)
     if not held and has_threshold(fitted.calibration): warnings.warn(threshold_gone(fitted.calibration, said))
     calibration = find_calibration(fitted.embedder, fitted.recipe, scorer, held)
+    bank = with_spread(bank, scorer)
     return replace(fitted, bank=bank, scorer=scorer, calibration=calibration, left_out=None, held=held)
 
 OLD_MEMORY = 'the threshold belongs to the memory as it was'

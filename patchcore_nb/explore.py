@@ -151,7 +151,7 @@ def magnified(
 def draw_seen(
     shown:Exhibit,   # of the images
     i:int,           # which image
-    threshold:float, # patches above it are outlined
+    threshold:float, # patches above it are outlined, if their scores are on its scale
     opacity:float=.7, # of the lightest colour, in [0, 1]; 0: the image alone
     mask:bool=True,  # draw the outline of the mask, if there is one?
     side:int=448,    # of the picture, about, in pixels
@@ -164,7 +164,7 @@ def draw_seen(
     def paint(cells, colour): large[thick_outline(enlarged(cells, large.shape[:2]))] = colour
     drawn = shown.mask(i) if mask else None
     if drawn is not None: paint(drawn, CYAN)
-    has_patches = seen.patch_scores is not None # an ensemble's has none
+    has_patches = seen.patch_scores is not None and seen.same_scale # an ensemble's has none
     if has_patches: paint(seen.patch_scores[i].numpy() > threshold, 255)
     return Image.fromarray(large)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Recipe', 'check_share', 'check_recipe', 'Split', 'check_search', 'check_kept', 'split_images', 'memory_load',
            'plan_for', 'counts_maps', 'without_strangest', 'pick_bank', 'Learned', 'learn', 'announce_plan', 'Fitted',
-           'make_scorer', 'judge_left', 'judge_held', 'find_calibration', 'judge_without', 'fit_parts']
+           'make_scorer', 'with_spread', 'judge_left', 'judge_held', 'find_calibration', 'judge_without', 'fit_parts']
 
 # %% ../nbs/07e_fitting.ipynb #3ec2a901
 import math
@@ -28,7 +28,7 @@ from .memory_bank import MemoryBank, digest_images, make_bank
 from .names import SEARCHES
 from .prediction import score_images
 from .samplers import coreset, coreset_size
-from .scorer import Rule, Scorer, check_rule
+from .scorer import Rule, Scorer, check_rule, measures
 from .suspects import cleaned, stored_of_others
 from .thresholds import Calibration, calibrate
 
@@ -130,7 +130,8 @@ def memory_load(
     clean = n-int(n*recipe.denoise) if recipe.denoise else 0
     pixels = math.prod(embedder.preprocess_.size)
     batch = embedder.batch_bytes(recipe.views)
-    return Load(n_images, n, embedder.dim_, n_kept, embedder.weight_bytes(), batch, n_test, pixels, clean)
+    compared = measures(recipe.rule.patch_score)
+    return Load(n_images, n, embedder.dim_, n_kept, embedder.weight_bytes(), batch, n_test, pixels, clean, compared)
 
 def plan_for(
     embedder:Embedder,
@@ -244,7 +245,15 @@ def make_scorer(
     rule, how = recipe.rule, embedder.how
     threads = how.search_threads
     scorer = Scorer(rule.k, rule.patch_score, threads, recipe.search, rule.distance, rule.reweight_k)
-    return scorer.fit(bank.rows.to(how.device_of(search=True)))
+    return scorer.fit(bank.rows.to(how.device_of(search=True)), bank.spread)
+
+def with_spread(
+    bank:MemoryBank,
+    scorer:Scorer, # fitted on it
+)->MemoryBank:
+    "Keep with a memory bank what a scorer has measured of it."
+    found = scorer.spread_
+    return replace(bank, spread=None if found is None else found.cpu())
 
 # %% ../nbs/07e_fitting.ipynb #5578be91
 def judge_left(
@@ -304,8 +313,9 @@ def fit_parts(
     learned = learn(embedder, recipe, items, plan, stages)
     embedder, bank, held = learned.embedder, learned.bank, [*learned.held, *aside]
     with stage(stages, 'encode'): scorer = make_scorer(recipe, bank, embedder)
+    bank = with_spread(bank, scorer)
     release()
-    left_out = None
+    left_out, learned = None, learned._replace(bank=bank)
     if recipe.false_alarms and not held:
         with stage(stages, 'leave out'): left_out = judge_without(learned, recipe, scorer)
     del learned # and with it all patches

@@ -45,8 +45,9 @@ def score_without(
     others = (bank.origin[:, 0] != number).nonzero()[:, 0]
     rest = bank.rows[others]
     def search(queries, k): return nearest_neighbours(queries, rest, k)
+    spread = None if bank.spread is None else bank.spread[others]
     among_them = torch.searchsorted(others, idxs)
-    found = score(dists, among_them, patches.cpu(), (1, *grid), rule, Neighbours(rest, search))
+    found = score(dists, among_them, patches.cpu(), (1, *grid), rule, Neighbours(rest, search, spread))
     return found.image_scores
 
 # %% ../nbs/07c_left_out.ipynb #46fe234d
@@ -63,7 +64,9 @@ def judge_left_out(
         dists, idxs = leave_one_out(named, scorer.memory_bank_, bank.origin[:, 0], rule.k, scorer.search_) # (B, n, k) each
     asks = needs_memory(rule.patch_score)
     plain = Rule(rule.k, 'max', rule.distance) if asks else rule
-    scores = score(dists.flatten(0, 1), idxs.flatten(0, 1), None, (len(images), *grid), plain)
+    spread = None if scorer.spread_ is None else scorer.spread_.cpu()
+    memory = Neighbours(bank.rows, scorer.search_, spread)
+    scores = score(dists.flatten(0, 1), idxs.flatten(0, 1), None, (len(images), *grid), plain, memory)
     at = scores.patch_scores.flatten(1).argmax(1) # (B,)
     worst = torch.stack([p[i].cpu() for p, i in zip(images, at)]) # (B, D)
     nearest = idxs[torch.arange(len(at)), at, 0] # (B,)

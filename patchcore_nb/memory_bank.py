@@ -37,6 +37,7 @@ class MemoryBank:
     n_images:int|None=None           # that are remembered
     n_patches:int|None=None          # N, of these, among which was picked
     ratio:float|None=None            # M/N, as it was asked for
+    spread:Tensor|None=None          # (M,) float32 how far each lies from its neighbours; None: nobody has asked
 
     def __len__(self): return len(self.rows)
 
@@ -115,7 +116,7 @@ def shrink(self:MemoryBank,
     known = sum(o <= m for o in self.sizes)
     names = 'rows', 'origin', 'idxs', 'anchor_dists'
     first = {name: getattr(self, name)[:m].clone() for name in names}
-    return replace(self, **first, ratio=ratio, sizes=self.sizes[:known], radii=self.radii[:known])
+    return replace(self, **first, ratio=ratio, sizes=self.sizes[:known], radii=self.radii[:known], spread=None)
 
 # %% ../nbs/07b_memory_bank.ipynb #b4dd5aef
 def naive_pick_new(
@@ -191,7 +192,7 @@ def unordered(
     radius:float,    # its cover radius
 )->MemoryBank:
     "Make a bank whose rows are in no order of picks."
-    no_order = dict(idxs=None, anchor_dists=None, ratio=None)
+    no_order = dict(idxs=None, anchor_dists=None, ratio=None, spread=None)
     return replace(bank, rows=rows, origin=origin, sizes=(len(rows),), radii=(radius,), **no_order)
 
 # %% ../nbs/07b_memory_bank.ipynb #3b3dc132
@@ -275,5 +276,5 @@ def part(self:MemoryBank,
 )->MemoryBank:
     "Take some rows, and where they come from."
     origin = None if self.origin is None else self.origin[which]
-    no_order = dict(idxs=None, anchor_dists=None, sizes=None, radii=None, ratio=None)
+    no_order = dict(idxs=None, anchor_dists=None, sizes=None, radii=None, ratio=None, spread=None)
     return replace(self, rows=self.rows[which], origin=origin, **no_order)

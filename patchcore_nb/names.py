@@ -15,7 +15,7 @@ from .base import *
 SAMPLERS = Registry('sampler', 'patchcore_nb.samplers', dict.fromkeys(
     ['approx_greedy_coreset', 'greedy_coreset', 'single_start_coreset', 'random', 'identity'], 'samplers'))
 PATCH_SCORES = Registry('patch_score', 'patchcore_nb.patch_scores', dict.fromkeys(
-    ['max', 'mean', 'top1%', 'smoothed', 'reweighted'], 'scorer'))
+    ['max', 'mean', 'top1%', 'smoothed', 'reweighted'], 'scorer') | dict(relative='relative'))
 DISTANCES = Registry('distance', 'patchcore_nb.distances', dict.fromkeys(
     ['squared', 'euclidean', 'cosine'], 'scorer'))
 
@@ -115,6 +115,7 @@ _AS_PROGRAM = dict(batchnorm='program', mean_std='imagenet')
 
 PRESETS = {
     'reference': _COMMON | _AS_REFERENCE | _AS_PROGRAM | dict(distance='squared', patch_score='max'),
+    'steady': _COMMON | _AS_REFERENCE | dict(batchnorm='trained', distance='squared', patch_score='relative'),
     'paper': _COMMON | _AS_REFERENCE | dict(batchnorm='trained', distance='euclidean', patch_score='reweighted'),
     'anomalib': _COMMON | dict(
         batchnorm='trained', distance='euclidean', patch_score='reweighted', pretrain_dim=None, target_dim=None,

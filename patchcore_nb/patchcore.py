@@ -136,6 +136,7 @@ PatchCore.memory_bank_ = view_of('bank.rows', '(M, D) patches that are remembere
 PatchCore.origin_ = view_of('bank.origin', '(M, 3) number of the image, row, column of each.')
 PatchCore.idxs_ = view_of('bank.idxs', '(M,) rows of all patches in pick order; None: of no one fit.')
 PatchCore.anchor_dists_ = view_of('bank.anchor_dists', '(M,) anchor distance of each pick.')
+PatchCore.spread_ = view_of('bank.spread', '(M,) how far each lies from its neighbours; None: the score does not ask.')
 PatchCore.sizes_ = view_of('bank.sizes', 'Sizes of nested memory banks.', list)
 PatchCore.radii_ = view_of('bank.radii', 'Cover radius at each of them.', list)
 PatchCore.digests_ = view_of('bank.digests', "SHA-256 of each image's content; None: held out or gone.", list)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ASKED', 'CHOSEN', 'Setting', 'evenly', 'check_lab', 'Lab', 'Maps', 'maps_of', 'feature_maps', 'joiner', 'Near',
-           'look_up', 'neighbours', 'Judged', 'check_setting', 'scores_of', 'metrics_of', 'judge_setting',
+           'look_up', 'neighbours', 'measured', 'Judged', 'check_setting', 'scores_of', 'metrics_of', 'judge_setting',
            'setting_cells', 'best_of', 'metric_cell', 'tried_html', 'RATIOS', 'EverySize', 'curve_svg', 'draw_plane',
            'nested']
 
@@ -30,7 +30,7 @@ from .names import PATCH_SCORES
 from .patchcore import PatchCore
 from .prediction import Prediction
 from .samplers import coreset
-from .scorer import Neighbours, Rule, score
+from .scorer import Neighbours, Rule, measure_bank, measures, score
 from .search import Exact
 from .show import table_html
 
@@ -195,6 +195,20 @@ def neighbours(
     def make(): return look_up(lab, maps, chosen, patchsize)
     return lab.keep('neighbours', (backbone, chosen, patchsize), make)
 
+# %% ../nbs/10b_playground.ipynb #5b60d90e
+def measured(
+    lab:Lab,         # the laboratory
+    setting:Setting, # what was chosen
+    rule:Rule,       # of it
+    near:Near,       # as `neighbours` returns it
+)->Near:
+    "Add what the patch score measures of each stored patch, if it does."
+    if not measures(setting.patch_score): return near
+    memory_bank, search, _ = near.neighbours
+    choice = setting.backbone, setting.layers, setting.patchsize, setting.patch_score
+    spread = lab.keep('spread', choice, lambda: measure_bank(rule, memory_bank, search))
+    return near._replace(neighbours=Neighbours(memory_bank, search, spread))
+
 # %% ../nbs/10b_playground.ipynb #b59b274a
 class Judged(NamedTuple):
     "What a setting is worth."
@@ -243,15 +257,17 @@ def judge_setting(
 )->Judged:
     "Judge a choice; what is known already is not worked out again."
     check_setting(lab, setting)
-    near = neighbours(lab, setting.backbone, setting.layers, setting.patchsize)
     rule = replace(lab.model.recipe.rule, k=setting.k, patch_score=setting.patch_score)
+    near = measured(lab, setting, rule, neighbours(lab, setting.backbone, setting.layers, setting.patchsize))
     asked = setting._replace(smoothing=0.) # which changes no score
     image_scores, patch_scores = lab.keep('scores', asked, lambda: scores_of(rule, near))
     embedder = feature_maps(lab, setting.backbone).embedder
     maps = embedder.maps(patch_scores, setting.smoothing, near.lattice)
     first = torch.cat([o[:, 0] for o in near.idxs]) # (B*h*w,)
     nn_idxs = first.view(-1, *near.grid).cpu() # (B, h, w)
-    found = Prediction(as_items(lab.test), image_scores, maps, patch_scores, nn_idxs, embedder.preprocess_)
+    same_scale = not measures(setting.patch_score)
+    found = Prediction(as_items(lab.test), image_scores, maps, patch_scores, nn_idxs, embedder.preprocess_,
+                       same_scale=same_scale)
     n_patches, dim = near.neighbours.memory_bank.shape
     return Judged(found, metrics_of(lab, found), n_patches, dim)
 

@@ -23,7 +23,7 @@ from .data import Preprocess, to_original
 from .embedder import Embedder
 from .embedding import by_own_threads
 from .items import item_size
-from .scorer import Scorer, Scores
+from .scorer import Scorer, Scores, measures
 from .survey import warn_of
 from .thresholds import Calibration
 
@@ -39,6 +39,7 @@ class Prediction:
     preprocess:Preprocess # which part of an image the network saw
     calibration:Calibration|None=None # what the scores are held against; None: the model has nothing
     counted:bool=False    # are the maps too many for memory? then they lie in a file, and their pixels are better counted than sorted
+    same_scale:bool=True  # are image scores on the scale of patch scores? else no patch is held against their threshold
 
     def __len__(self): return len(self.images)
 
@@ -149,7 +150,7 @@ def score_images(
     def keep(place, drawn): maps[place].copy_(drawn)
     found = score_patches(embedder, scorer, items, keep, smoothing, word)
     return Prediction(items, found.image_scores, maps, found.patch_scores, found.nn_idxs,
-                      embedder.preprocess_, calibration, counted)
+                      embedder.preprocess_, calibration, counted, not measures(scorer.rule.patch_score))
 
 # %% ../nbs/07d_prediction.ipynb #382eafaf
 @runtime_checkable

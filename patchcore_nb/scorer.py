@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['register_distance', 'squared', 'euclidean', 'cosine', 'needs_unit', 'register_patch_score', 'image_scores',
-           'needs_memory', 'highest', 'mean', 'top_hundredth', 'blur_matrix', 'smooth_grid', 'smoothed', 'reweight',
-           'Rule', 'check_rule', 'Scores', 'Neighbours', 'Matches', 'score', 'strangest', 'reweighted', 'Scorer',
-           'check_memory']
+           'needs_memory', 'needs_matches', 'measures', 'highest', 'mean', 'top_hundredth', 'blur_matrix',
+           'smooth_grid', 'smoothed', 'reweight', 'Rule', 'check_rule', 'Scores', 'Neighbours', 'Matches', 'score',
+           'strangest', 'reweighted', 'measure_bank', 'Scorer', 'check_memory']
 
 # %% ../nbs/05_scorer.ipynb #3471eaeb
 from collections.abc import Callable
@@ -68,13 +68,15 @@ def needs_unit(
 # %% ../nbs/05_scorer.ipynb #5174e107
 def register_patch_score(
     name:str,          # what it shall be called
-    memory:bool=False, # shall it get the `Matches`, too?
+    memory:bool=False, # shall it get the `Matches`, and ask the memory bank once more?
     least:int=1,       # patches that the memory bank must hold for it
+    measure:Callable|None=None, # memory bank (M, D), Rule, exact search of it -> (M,), 0 or more; then it gets the `Matches`, too
+    usual:float|None=None, # score of an ordinary patch, by which ensembles add up; None: it goes with the distances
 )->Callable: # decorator for a function: patch scores (B, h, w)[, Matches] -> image scores (B,)
     "Give a way from patch scores to an image score a name."
     def add(f):
-        f.memory = memory
-        f.least = least
+        f.memory, f.least = memory, least
+        f.measure, f.usual = measure, usual
         return PATCH_SCORES.register(name)(f)
     return add
 
@@ -83,15 +85,27 @@ def image_scores(
     patch_scores:Tensor, # (B, h, w)
     patch_score:str='max', # a name in `PATCH_SCORES`
 )->Tensor: # (B,) higher = more anomalous
-    "Score images by their patch scores alone; one that asks the memory bank, too, begins with the highest."
-    way = highest if needs_memory(patch_score) else PATCH_SCORES.find(patch_score)
+    "Score images by their patch scores alone; where a score looks at more, take the highest."
+    way = highest if needs_matches(patch_score) else PATCH_SCORES.find(patch_score)
     return way(patch_scores)
 
 def needs_memory(
     patch_score:str, # a name in `PATCH_SCORES`
 )->bool:
-    "Tell whether a score looks at more than the patch scores."
+    "Tell whether a score asks the memory bank once more."
     return getattr(PATCH_SCORES.find(patch_score), 'memory', False)
+
+def needs_matches(
+    patch_score:str, # a name in `PATCH_SCORES`
+)->bool:
+    "Tell whether a score looks at more than the patch scores."
+    return needs_memory(patch_score) or measures(patch_score)
+
+def measures(
+    patch_score:str, # a name in `PATCH_SCORES`
+)->bool:
+    "Tell whether something is measured of each stored patch for a score."
+    return getattr(PATCH_SCORES.find(patch_score), 'measure', None) is not None
 
 # %% ../nbs/05_scorer.ipynb #98957e52
 @register_patch_score('max')
@@ -201,6 +215,7 @@ class Neighbours(NamedTuple):
     "A memory bank, and a search that can be asked about it."
     memory_bank:Tensor # (M, D)
     search:Callable    # queries (Q, D), k -> squared distances (Q, k), rows (Q, k)
+    spread:Tensor|None=None # (M,) what the score's `measure` found; None: it has none
 
 class Matches(NamedTuple):
     "What the memory bank answered, for scores that look at more than distances."
@@ -222,7 +237,7 @@ def score(
     "Turn distances to neighbours into scores."
     own = DISTANCES.find(rule.distance)(dists)
     patch_scores = check_made(own, dists.shape, 'distance', rule.distance).mean(1).view(grid) # (B, h, w)
-    more = [Matches(queries, dists, idxs, neighbours, rule)] if needs_memory(rule.patch_score) else []
+    more = [Matches(queries, dists, idxs, neighbours, rule)] if needs_matches(rule.patch_score) else []
     image_scores = PATCH_SCORES[rule.patch_score](patch_scores, *more)
     check_made(image_scores, patch_scores.shape[:1], 'patch_score', rule.patch_score)
     return Scores(image_scores, patch_scores, idxs[:, 0].view(grid))
@@ -243,9 +258,23 @@ def reweighted(
     "Take the highest patch score, weighed by Equation 7."
     rows = strangest(patch_scores)
     nearest = matches.idxs[rows, 0] # (B,)
-    memory_bank, search = matches.neighbours
+    memory_bank, search, _ = matches.neighbours
     k = matches.rule.reweight_k
     return reweight(highest(patch_scores), matches.queries[rows], nearest, memory_bank, k, search)
+
+# %% ../nbs/05_scorer.ipynb #d39a7d02
+def measure_bank(
+    rule:Rule,
+    memory_bank:Tensor, # (M, D)
+    search:Callable|None=None, # of it, fitted and exact; None: made where one is needed
+)->Tensor|None: # (M,) float32; None: the score asks for nothing
+    "Measure of each stored patch what a patch score wants to know."
+    if not measures(rule.patch_score): return None
+    search = search or SEARCHES['exact']().fit(memory_bank)
+    found = PATCH_SCORES[rule.patch_score].measure(memory_bank, rule, search)
+    whole = getattr(found, 'shape', None) == memory_bank.shape[:1]
+    if not whole: raise ArgumentError(f'what patch_score {rule.patch_score!r} measures must be (M,), a number for each stored patch, got {in_short(found)}: mend its function')
+    return found
 
 # %% ../nbs/05_scorer.ipynb #36bb063a
 class Scorer:
@@ -263,11 +292,16 @@ class Scorer:
 
     def fit(self,
         memory_bank:Tensor, # (M, D) float32
+        spread:Tensor|None=None, # (M,) what `measure_bank` finds, where it is known; None: it is measured if need be
     ):
         "Remember the memory bank."
         check_memory(memory_bank, check_rule(self.rule, len(memory_bank)))
         self.memory_bank_ = memory_bank
-        with limit_threads(self.num_threads): self.search_ = SEARCHES.find(self.search)().fit(memory_bank)
+        with limit_threads(self.num_threads):
+            self.search_ = SEARCHES.find(self.search)().fit(memory_bank)
+            exact = self.search_ if self.search == 'exact' else None
+            known = spread is not None
+            self.spread_ = spread.to(memory_bank.device) if known else measure_bank(self.rule, memory_bank, exact)
         return self
 
     @full_precision()
@@ -278,7 +312,7 @@ class Scorer:
         queries = rearrange(patches, 'b h w d -> (b h w) d').to(self.memory_bank_.device)
         if not queries.isfinite().all(): raise DataError('patch embeddings hold NaN or infinity: check the weights and the images')
         with limit_threads(self.num_threads): dists, idxs = self.search_(queries, self.rule.k)
-        memory = Neighbours(self.memory_bank_, self.search_)
+        memory = Neighbours(self.memory_bank_, self.search_, self.spread_)
         return score(dists, idxs, queries, patches.shape[:3], self.rule, memory)
 
 # %% ../nbs/05_scorer.ipynb #b1abf3d0

@@ -21,10 +21,11 @@ from .core import *
 from .bit_depth import check_value_range
 from .embedder import Embedder
 from .embedding import RUNTIME, settle
-from .fitting import Fitted, check_kept, check_recipe, make_scorer
+from .fitting import Fitted, check_kept, check_recipe, make_scorer, with_spread
 from .memory_bank import MemoryBank
 from .names import DISTANCES, PATCH_SCORES, SAMPLERS, SEARCHES
 from .patchcore import PARAMS, PatchCore, fitted_for
+from .scorer import measures
 from .thresholds import read_calibration
 
 # %% ../nbs/07h_state.ipynb #980b0091
@@ -62,7 +63,7 @@ def tensors_of(
 )->dict[str,Tensor]: # by name, contiguous
     "List the tensors of a model; a model of the reference has no origin."
     bank, backbone = fitted.bank, fitted.embedder.trained_
-    found = dict(memory_bank=bank.rows, origin=bank.origin, idxs=bank.idxs, anchor_dists=bank.anchor_dists)
+    found = dict(memory_bank=bank.rows, **{k: getattr(bank, k) for k in OF_ROWS})
     if hasattr(backbone, 'calibrate'):
         for k, v in backbone.state_dict().items(): found[f'backbone.{k}'] = v.cpu()
     return {k: v.contiguous() for k, v in found.items() if v is not None}
@@ -127,7 +128,8 @@ def check_learned(
     return learned
 
 # %% ../nbs/07h_state.ipynb #0754b975
-OF_ROWS = dict(origin=(torch.int64, 3), idxs=(torch.int64, None), anchor_dists=(torch.float32, None)) # type; columns
+OF_ROWS = dict(origin=(torch.int64, 3), idxs=(torch.int64, None), anchor_dists=(torch.float32, None),
+               spread=(torch.float32, None)) # type; columns
 
 def check_tensors(
     tensors:dict[str,Tensor], # from a file that may hold anything
@@ -142,6 +144,8 @@ def check_tensors(
     if idxs is not None and (len(idxs.unique()) < m or (idxs < 0).any()): raise DataError('idxs must be different rows, from 0')
     dists = tensors.get('anchor_dists')
     if dists is not None and (dists < 0).any(): raise DataError('anchor_dists must be distances, from 0, or not numbers where nothing was picked by them')
+    spread = tensors.get('spread')
+    if spread is not None and not (spread.isfinite() & (spread >= 0)).all(): raise DataError('spread must be distances, finite numbers from 0')
     remembered = torch.tensor([i for i, o in enumerate(digests) if o is not None])
     inside = origin is None or ((origin >= 0).all() and torch.isin(origin[:, 0], remembered).all())
     if not inside: raise DataError('origin must hold numbers of images that are remembered, rows and columns, from 0')
@@ -181,7 +185,8 @@ def wake_bank(
     tensors:dict[str,Tensor],
 )->MemoryBank:
     "Rebuild the memory bank of a model."
-    of_rows = {k: tensors.get(k) for k in ('origin', 'idxs', 'anchor_dists')}
+    of_rows = {k: tensors.get(k) for k in OF_ROWS}
+    if not measures(model.patch_score): of_rows |= dict(spread=None)
     known = {k: learned.get(k) for k in LEARNED_OF_BANK}
     plain = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
     return MemoryBank(tensors['memory_bank'], **of_rows, **plain, ratio=model.ratio)
@@ -206,4 +211,5 @@ def from_state(
     check_kept(model.recipe, len(bank))
     calibration = read_calibration(learned['calibration']) if learned.get('calibration') else None
     scorer = make_scorer(model.recipe, bank, embedder)
+    bank = with_spread(bank, scorer) # which an edited file may lack
     return model.adopt(Fitted(embedder, model.recipe, bank, scorer, calibration, None, None, []))
