@@ -29,10 +29,11 @@ from .core import *
 from .data import TURNS, Preprocess, batches
 from .described import digest_tensors, identify_network, is_known
 from .embedding import Compute, Embedding, check_compute, essence, settle
-from .extractor import Extractor, create_backbone, map_shapes
+from .extractor import Extractor, create_backbone
 from .looked_up import least_in_batch, remembered
 from .maps import Lattice, make_maps
 from .program import move_batch_norms, norm_of, remarks_on
+from .tiles import Tiled, bytes_on_the_way, joined_shapes, tiles_said, windows
 
 # %% ../nbs/07a_embedder.ipynb #7cf988ab
 def trained_backbone(
@@ -52,7 +53,8 @@ def build_extractor(
     backbone = trained_backbone(what, how, backbone)
     ones = Extractor(backbone, what.layers).padded_size(what.ones)
     if what.batchnorm == 'program': backbone = move_batch_norms(backbone, what.layers, ones)
-    return Extractor(backbone, what.layers, what.precision).to(how.device_of())
+    made = Extractor(backbone, what.layers, what.precision).to(how.device_of())
+    return Tiled(made, what.tile, what.tile_overlap) if what.tile else made
 
 # %% ../nbs/07a_embedder.ipynb #f60cf61a
 class DryRun(NamedTuple):
@@ -68,7 +70,7 @@ def dry_run(
     sizes = [0]
     def note(module, args, out): sizes.append(out.numel()*4 if isinstance(out, Tensor) else 0)
     hooks = [m.register_forward_hook(note) for m in extractor.backbone.modules()]
-    try: shapes = list(map_shapes(extractor, size).values())
+    try: shapes = list(joined_shapes(extractor, size).values())
     finally:
         for o in hooks: o.remove()
     return DryRun(shapes, max(sizes))
@@ -106,14 +108,14 @@ class Embedder:
         how:Compute|None=None,   # where and how to compute; None: as `Compute` has it
         backbone:nn.Module|None=None, # to be used in place of a new one; it is not changed but for its place in memory
     ):
-        self.what, self.how = settle(what, (1, 1)), check_compute(how or Compute()) # square images, where nothing tells
+        self.what, self.how = settle(what), check_compute(how or Compute())
         self.preprocess_ = self.what.preprocess
         self.trained_ = trained_backbone(self.what, self.how, backbone)
         self.norm_ = norm_of(self.what.backbone, self.what.mean_std, self.trained_)
         self.extractor_ = build_extractor(self.what, self.how, self.trained_)
         self.device_ = self.how.device_of()
         found = dry_run(self.extractor_, self.preprocess_.size)
-        self.largest_map_ = found.largest
+        self.dry_run_ = found
         self.aggregator_ = build_aggregator(self.what, found.shapes, self.device_)
         cells = found.shapes[0][1:]
         self.grid_ = self.aggregator_.grid(*cells)
@@ -128,7 +130,8 @@ class Embedder:
     @property
     def remarks(self)->list[str]:
         "What is not as one would expect of the network."
-        return remarks_on(self.what.backbone, self.what.batchnorm, self.what.mean_std, self.trained_)
+        said = remarks_on(self.what.backbone, self.what.batchnorm, self.what.mean_std, self.trained_)
+        return said+tiles_said(self.extractor_, self.preprocess_.size)
 
     def __repr__(self):
         (h, w), layers = self.grid_, ' '.join(self.what.layers)
@@ -192,7 +195,7 @@ def with_digests(
     return dataclasses.replace(what, weights_sha256=weights, network_sha256=identify_network(backbone))
 
 STEPS = ( # one of each file of ours that an image goes through
-    as_plain, to_grey, to_tensor, as_it_is, Preprocess, full_precision, move_batch_norms, Extractor, Aggregator, Embedder)
+    as_plain, to_grey, to_tensor, as_it_is, Preprocess, full_precision, move_batch_norms, Extractor, Tiled, Aggregator, Embedder)
 
 def processor_of(
     device:torch.device,
@@ -261,7 +264,7 @@ def show_images(
     n = math.ceil(len(items)/how.batch_size)
     seen = batches(items, embedder.read, how.batch_size, how.num_workers)
     with full_precision(), progress(seen, 'calibrating', n, how.show, 'batch') as bar:
-        backbone.calibrate(x.to(embedder.device_) for x in bar)
+        backbone.calibrate(o for x in bar for o in windows(embedder.extractor_, x.to(embedder.device_)))
 
 # %% ../nbs/07a_embedder.ipynb #2bd79511
 @patch
@@ -340,10 +343,11 @@ def batch_bytes(self:Embedder,
 )->int:
     "Estimate what a batch takes in memory."
     how = self.how
-    image = 3*4*math.prod(self.extractor_.padded_size(self.preprocess_.size))
+    size = self.preprocess_.size
+    image = 3*4*math.prod(self.extractor_.padded_size(size))
     patches = views*math.prod(self.grid_)*self.dim_*4
     ahead = how.batch_size*2+how.num_workers # images that are read before they are needed, or their embeddings if these are cached
-    maps = 4*max(self.largest_map_, 4*image)
+    maps = bytes_on_the_way(self.extractor_, size, *self.dry_run_)
     return how.batch_size*(image+maps+3*patches)+ahead*(3*patches if how.cache else image)
 
 @patch

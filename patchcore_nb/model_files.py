@@ -61,7 +61,7 @@ def plain_params(
 )->dict: # as they can be read again
     "Say parameters as a file does: plain numbers, also for sizes; refuse what cannot be read again."
     found = {k: as_list(v) for k, v in params.items()}
-    for name in ('resize', 'imagesize'):
+    for name in ('resize', 'imagesize', 'tile'):
         size = found[name]
         if isinstance(size, str): found[name] = as_list(parse_pixels(size, name))
     found['augment'] = bool(found['augment'])
@@ -294,7 +294,7 @@ def at_size(
     params = values['params'] | wanted.sizes
     learned, shape = values['learned'], wanted.shape or own_shape(values)
     whole = params['imagesize'] is None
-    if whole and isinstance(params['resize'], int) and not shape: raise ArgumentError('nothing shall be cut, but the shape of the images is not known: pass resize=(height, width), or the shape of an image')
+    if whole and not isinstance(params['resize'], (list, tuple)) and not shape: raise ArgumentError('nothing shall be cut, but the shape of the images is not known: pass resize=(height, width), or the shape of an image')
     if (learned.get('calibration') or {}).get('threshold') is not None: say_no_threshold()
     size = list(shape[::-1]) if whole and shape else None
     return values | dict(params=params, learned=learned | dict(calibration=None, size=size))
@@ -342,7 +342,8 @@ def check_own_size(
         resize, size, _ = seen_size(values['params'], own_shape(values))
         whole = resize if isinstance(resize, tuple) else (resize, resize)
         pixels = math.prod(size or whole)
-        if pixels > MOST_PIXELS: raise ValueError(f'{pixels:,} pixels, {MOST_PIXELS:,} at most are expected')
+        most = MOST_PIXELS << 4 if values['params'].get('tile') else MOST_PIXELS
+        if pixels > most: raise ValueError(f'{pixels:,} pixels, {most:,} at most are expected')
     except Exception as e: raise DataError(f'{path} tells no size of images ({first_line(e)}): the model is damaged, fit it again') from None
 
 # %% ../nbs/08_model_files.ipynb #14e5bd73
