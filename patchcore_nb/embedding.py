@@ -76,9 +76,7 @@ class Embedding:
     @property
     def ones(self)->tuple[int,int]: # (H, W), pixels
         "The size of the image of ones that moves batch norms."
-        size = self.preprocess.size
-        if self.tile: return sides(self.tile)
-        return (224, 224) if self.imagesize is None or size is None else size
+        return sides(self.tile or self.imagesize or 224)
 
 # %% ../nbs/07_embedding.ipynb #54f48d7a
 def settle(
