@@ -50,7 +50,7 @@ def spelling(
     return min(option.opts, key=len)
 
 # %% ../nbs/12_answers.ipynb #40191768
-NONE = dict(imagesize='--no_crop', pretrain_dim='all', target_dim='all') # how None is said; of others: none
+NONE = dict(resize='no --resize', imagesize='--no_crop', pretrain_dim='all', target_dim='all') # how None is said; of others: none
 
 def typed_value(
     argument:str,        # of the library
@@ -64,7 +64,7 @@ def typed_value(
     if option.is_flag: return flag+'_'+value.strip('\'"') # a flag of another word: --resume_anyway
     if value == 'None':
         word = NONE.get(argument, 'none')
-        return word if word.startswith('-') else f'{flag} {word}'
+        return word if '--' in word else f'{flag} {word}'
     inside = value.strip('()[]').split(',')
     items = [o.strip(' \'"') for o in inside if o.strip()]
     if option.multiple: return ' '.join(f'{flag} {o}' for o in items)

@@ -51,9 +51,11 @@ def data_arguments(
     data:dict, # flags of dataset
 )->dict: # arguments of `PatchCore`
     "Name the flags of dataset that say how images are cut and shared out as `PatchCore` does."
-    imagesize = None if data['no_crop'] else data['imagesize']
-    shared = {o: data[o] for o in ('augment', 'train_val_split', 'value_range')}
-    return dict(resize=data['resize'], imagesize=imagesize) | shared
+    own = {'resize', 'imagesize'}-data['given'] if data['tile'] else set() # sizes that are the image's own
+    sizes = {o: None if o in own else data[o] for o in ('resize', 'imagesize')}
+    if data['no_crop']: sizes['imagesize'] = None
+    shared = ('augment', 'train_val_split', 'value_range', 'tile', 'tile_overlap')
+    return sizes | {o: data[o] for o in shared}
 
 # %% ../nbs/12_arguments.ipynb #90d46a14
 def given_arguments(
@@ -63,6 +65,7 @@ def given_arguments(
 )->set[str]: # arguments of `PatchCore`, and names of other flags
     "Name the arguments that somebody typed a flag for."
     flags = core['given'] | sampler['given'] | data['given']
+    if data['tile']: flags = flags | {'resize', 'imagesize'} # which tiles leave to the image
     given = {ARGUMENTS.get(o, o) for o in flags-{'name'}}
     return given if sampler['name'] == 'preset' else given | {'sampler'}
 
@@ -78,8 +81,9 @@ def of_preset(
 def check_crop(
     data:dict, # flags of dataset
 ):
-    "Refuse a crop beside --no_crop."
+    "Refuse a crop beside --no_crop, and an overlap of no tiles."
     if data['no_crop'] and 'imagesize' in data['given']: raise click.UsageError('--no_crop leaves nothing for --imagesize to say: pass one of them')
+    if 'tile_overlap' in data['given'] and not data['tile']: raise click.UsageError('--tile_overlap is for --tile: pass both or neither')
 
 def check_sampler(
     group:dict,   # flags of the command itself

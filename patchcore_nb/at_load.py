@@ -75,7 +75,7 @@ def at_size(
     params = values['params'] | wanted.sizes
     learned, shape = values['learned'], wanted.shape or own_shape(values)
     whole = params['imagesize'] is None
-    if whole and isinstance(params['resize'], int) and not shape: raise ArgumentError('nothing shall be cut, but the shape of the images is not known: pass resize=(height, width), or the shape of an image')
+    if whole and not isinstance(params['resize'], (list, tuple)) and not shape: raise ArgumentError('nothing shall be cut, but the shape of the images is not known: pass resize=(height, width), or the shape of an image')
     if (learned.get('calibration') or {}).get('threshold') is not None: say_no_threshold()
     size = list(shape[::-1]) if whole and shape else None
     return values | dict(params=params, learned=learned | dict(calibration=None, size=size))

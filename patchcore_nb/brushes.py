@@ -47,9 +47,10 @@ def paint(
 # %% ../nbs/01a2_brushes.ipynb #acc91037
 def spline(
     cells:int, # knots along a side
-)->tuple[np.ndarray,np.ndarray]: # (3, SIZE) int64, three knots for each place; (3, SIZE) their weights
+    side:int=SIZE, # pixels
+)->tuple[np.ndarray,np.ndarray]: # (3, side) int64, three knots for each place; (3, side) their weights
     "Weigh the three knots that are next to each place of an axis."
-    at = np.arange(SIZE)*(cells/SIZE)
+    at = np.arange(side)*(cells/side)
     first = np.floor(at).astype(np.int64)
     f = at - first
     before = 0.5*(1-f)*(1-f)
@@ -70,13 +71,14 @@ def blend(
 def cloud(
     dice:Dice, # where chance comes from
     cells:int, # knots along a side: few for slow changes, many for fine ones
-)->np.ndarray: # (SIZE, SIZE) in [-1, 1]
+    side:int=SIZE, # height and width, pixels
+)->np.ndarray: # (side, side) in [-1, 1]
     "Make a smooth random field: random knots joined by quadratic B-splines."
     knots = dice.uniform(-1, 1, cells+2, cells+2)
-    i, weights = spline(cells)
-    rows = blend(weights[..., None], knots[i]) # (SIZE, cells+2)
-    columns = rows.T[i].swapaxes(1, 2) # (3, SIZE, SIZE)
-    return blend(weights[:, None], columns) # (SIZE, SIZE)
+    i, weights = spline(cells, side)
+    rows = blend(weights[..., None], knots[i]) # (side, cells+2)
+    columns = rows.T[i].swapaxes(1, 2) # (3, side, side)
+    return blend(weights[:, None], columns) # (side, side)
 
 # %% ../nbs/01a2_brushes.ipynb #30aa48e3
 def grain(
@@ -102,10 +104,11 @@ def streaks(
 def spot(
     dice:Dice,     # where chance comes from
     margin:int=60, # distance to keep from the edge, pixels
+    side:int=SIZE, # height and width of the picture, pixels
 )->tuple[int,int]: # (row, column)
     "Choose a pixel for a defect."
-    row = int(dice.one(margin, SIZE-margin))
-    return row, int(dice.one(margin, SIZE-margin))
+    row = int(dice.one(margin, side-margin))
+    return row, int(dice.one(margin, side-margin))
 
 def blob(
     dice:Dice,     # where chance comes from
@@ -163,9 +166,10 @@ def lens(
 def lamplight(
     dice:Dice,      # where chance comes from
     unsteady:float, # how much the light changes between pictures, as a fraction
-)->np.ndarray: # (SIZE, SIZE, 3) light on a white sheet, about 1
+    side:int=SIZE,  # height and width, pixels
+)->np.ndarray: # (side, side, 3) light on a white sheet, about 1
     "Light the scene a little differently for every picture."
-    y, x = np.mgrid[:SIZE, :SIZE]/127.5 - 1
+    y, x = np.mgrid[:side, :side]/((side-1)/2) - 1
     along, _ = turned(x, y, dice.one(0, 1))
     exposure = dice.one(1-unsteady, 1+unsteady)
     slope = dice.one(0, unsteady)*along
@@ -176,28 +180,31 @@ def lamplight(
 
 def photograph(
     dice:Dice,        # where chance comes from
-    scene:np.ndarray, # (SIZE, SIZE, 3) linear light, 1 is white
+    scene:np.ndarray, # (H, H, 3) linear light, 1 is white
     unsteady:float,   # how much the light changes between pictures, as a fraction
-)->np.ndarray: # (SIZE, SIZE, 3) uint8
+)->np.ndarray: # (H, H, 3) uint8
     "Make of a scene what a camera makes of it."
-    seen = lens(scene*lamplight(dice, unsteady))
+    seen = lens(scene*lamplight(dice, unsteady, len(scene)))
     toned = np.sqrt(clip01(seen))
-    noise = .012*dice.bell(SIZE, SIZE, 3)
+    noise = .012*dice.bell(*scene.shape)
     grey = 255*clip01(toned + noise)
     return np.floor(grey + 0.5).astype(np.uint8)
 
 # %% ../nbs/01a2_brushes.ipynb #8106ee7f
 class Product(NamedTuple):
     "One thing of which there are good and defective pictures."
-    draw:Callable         # (dice, kind, size in [0, 1]) -> (SIZE, SIZE, 3) linear light; (SIZE, SIZE) bool mask
+    draw:Callable         # (dice, kind, size in [0, 1]) -> (H, H, 3) linear light; (H, H) bool mask
     kinds:tuple[str,...]  # of defects
     unsteady:float        # how much its light changes between pictures, as a fraction
+    train:int=40          # training images
+    good:int=9            # good test images
+    each:int=5            # test images of each kind of defect
 
     def take(self,
         dice:Dice,  # where chance comes from
         kind:str,   # "good", or one of `kinds`
         size:float, # of the defect: 0 is hardly there, 1 is plain
-    )->tuple[np.ndarray,np.ndarray]: # (SIZE, SIZE, 3) uint8; (SIZE, SIZE) bool mask
+    )->tuple[np.ndarray,np.ndarray]: # (H, H, 3) uint8; (H, H) bool mask
         "Draw the thing and photograph it."
         scene, mask = self.draw(dice, kind, size)
         return photograph(dice, scene, self.unsteady), mask

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from .aggregator import Aggregator
 from .core import *
 from .embedding import Compute, Embedding
-from .extractor import Extractor, create_backbone, map_shapes
+from .extractor import Extractor, create_backbone
 from .program import move_batch_norms
+from .tiles import Tiled, joined_shapes
 
 # %% ../nbs/07_building.ipynb #7cf988ab
 def trained_backbone(
@@ -35,7 +36,8 @@ def build_extractor(
     backbone = trained_backbone(what, how, backbone)
     ones = Extractor(backbone, what.layers).padded_size(what.ones)
     if what.batchnorm == 'program': backbone = move_batch_norms(backbone, what.layers, ones)
-    return Extractor(backbone, what.layers, what.precision).to(how.device_of())
+    made = Extractor(backbone, what.layers, what.precision).to(how.device_of())
+    return Tiled(made, what.tile, what.tile_overlap) if what.tile else made
 
 # %% ../nbs/07_building.ipynb #f60cf61a
 class DryRun(NamedTuple):
@@ -51,7 +53,7 @@ def dry_run(
     sizes = [0]
     def note(module, args, out): sizes.append(out.numel()*4 if isinstance(out, Tensor) else 0)
     hooks = [m.register_forward_hook(note) for m in extractor.backbone.modules()]
-    try: shapes = list(map_shapes(extractor, size).values())
+    try: shapes = list(joined_shapes(extractor, size).values())
     finally:
         for o in hooks: o.remove()
     return DryRun(shapes, max(sizes))

@@ -43,9 +43,10 @@ def parse_pixels(
 # %% ../nbs/01_crop.ipynb #bd83cbda
 def scaled_size(
     size:tuple[int,int],         # (width, height) of an image
-    resize:int|tuple[int,int],   # pixels of the shorter side; or (height, width) of the whole
+    resize:int|tuple[int,int]|None, # pixels of the shorter side; or (height, width) of the whole; None: as it is
 )->tuple[int,int]: # (width, height) after scaling
     "Tell the size of an image after scaling."
+    if resize is None: return size
     if isinstance(resize, tuple): return resize[::-1]
     w, h = size
     if w <= h: return resize, int(resize*h/w)
@@ -68,10 +69,11 @@ def _both(size:int|tuple[int,int])->tuple[int,int]: # (height, width)
     return size if isinstance(size, tuple) else (size, size)
 
 def check_crop(
-    resize:int|tuple[int,int],    # pixels of the shorter side; or (height, width) of the whole
+    resize:int|tuple[int,int]|None, # pixels of the shorter side; or (height, width) of the whole; None: as it is
     imagesize:int|tuple[int,int], # pixels of the square; or (height, width), cut from the middle
 ):
     "Raise unless a crop fits into what it is cut from."
+    if resize is None: return # which each image will tell
     height, width = _both(imagesize)
     if isinstance(resize, tuple):
         fits = height <= resize[0] and width <= resize[1]
@@ -86,7 +88,7 @@ def check_crop(
 @dataclass(frozen=True)
 class Preprocess:
     "Scale an image, cut its middle, and know where the middle was."
-    resize:int|tuple[int,int]=256         # pixels of the shorter side; or (height, width) of the whole
+    resize:int|tuple[int,int]|None=256    # pixels of the shorter side; or (height, width) of the whole; None: as it is
     imagesize:int|tuple[int,int]|None=224 # pixels of the square, or (height, width), cut from the middle; None: nothing is cut
     value_range:tuple[float,float]|None=None # black and white in images of more than 8 bits; None: as `bit_depth.guess_range` has it
 
@@ -129,8 +131,9 @@ class Preprocess:
 
     def __str__(self):
         scaled = f'shorter side to {self.resize}'
+        if self.resize is None: scaled = 'in its own resolution'
         if isinstance(self.resize, tuple): scaled = 'scaled to {} x {}'.format(*self.resize)
-        if self.imagesize is None: return f'{scaled} pixels, nothing cut'
+        if self.imagesize is None: return f"{scaled}{' pixels' if self.resize else ''}, nothing cut"
         return '{}, the middle {} x {} pixels'.format(scaled, *self.size)
 
 # %% ../nbs/01_crop.ipynb #db717d29

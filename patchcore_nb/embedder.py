@@ -32,6 +32,7 @@ from .extractor import Extractor
 from .looked_up import least_in_batch, remembered
 from .maps import Lattice, make_maps
 from .program import move_batch_norms, norm_of, remarks_on
+from .tiles import Tiled, bytes_on_the_way, tiles_said, windows
 
 # %% ../nbs/07a_embedder.ipynb #21c781ac
 class Embedder:
@@ -42,14 +43,14 @@ class Embedder:
         how:Compute|None=None,   # where and how to compute; None: as `Compute` has it
         backbone:nn.Module|None=None, # to be used in place of a new one; it is not changed but for its place in memory
     ):
-        self.what, self.how = settle(what, (1, 1)), check_compute(how or Compute()) # square images, where nothing tells
+        self.what, self.how = settle(what), check_compute(how or Compute())
         self.preprocess_ = self.what.preprocess
         self.trained_ = trained_backbone(self.what, self.how, backbone)
         self.norm_ = norm_of(self.what.backbone, self.what.mean_std, self.trained_)
         self.extractor_ = build_extractor(self.what, self.how, self.trained_)
         self.device_ = self.how.device_of()
         found = dry_run(self.extractor_, self.preprocess_.size)
-        self.largest_map_ = found.largest
+        self.dry_run_ = found
         self.aggregator_ = build_aggregator(self.what, found.shapes, self.device_)
         cells = found.shapes[0][1:]
         self.grid_ = self.aggregator_.grid(*cells)
@@ -64,7 +65,8 @@ class Embedder:
     @property
     def remarks(self)->list[str]:
         "What is not as one would expect of the network."
-        return remarks_on(self.what.backbone, self.what.batchnorm, self.what.mean_std, self.trained_)
+        said = remarks_on(self.what.backbone, self.what.batchnorm, self.what.mean_std, self.trained_)
+        return said+tiles_said(self.extractor_, self.preprocess_.size)
 
     def __repr__(self):
         (h, w), layers = self.grid_, ' '.join(self.what.layers)
@@ -128,7 +130,7 @@ def with_digests(
     return dataclasses.replace(what, weights_sha256=weights, network_sha256=identify_network(backbone))
 
 STEPS = ( # one of each file of ours that an image goes through
-    as_plain, to_grey, to_tensor, as_it_is, Preprocess, full_precision, move_batch_norms, Extractor, Aggregator, Embedder)
+    as_plain, to_grey, to_tensor, as_it_is, Preprocess, full_precision, move_batch_norms, Extractor, Tiled, Aggregator, Embedder)
 
 def processor_of(
     device:torch.device,
@@ -197,7 +199,7 @@ def show_images(
     n = math.ceil(len(items)/how.batch_size)
     seen = batches(items, embedder.read, how.batch_size, how.num_workers)
     with full_precision(), progress(seen, 'calibrating', n, how.show, 'batch') as bar:
-        backbone.calibrate(x.to(embedder.device_) for x in bar)
+        backbone.calibrate(o for x in bar for o in windows(embedder.extractor_, x.to(embedder.device_)))
 
 # %% ../nbs/07a_embedder.ipynb #2bd79511
 @patch
@@ -276,10 +278,11 @@ def batch_bytes(self:Embedder,
 )->int:
     "Estimate what a batch takes in memory."
     how = self.how
-    image = 3*4*math.prod(self.extractor_.padded_size(self.preprocess_.size))
+    size = self.preprocess_.size
+    image = 3*4*math.prod(self.extractor_.padded_size(size))
     patches = views*math.prod(self.grid_)*self.dim_*4
     ahead = how.batch_size*2+how.num_workers # images that are read before they are needed, or their embeddings if these are cached
-    maps = 4*max(self.largest_map_, 4*image)
+    maps = bytes_on_the_way(self.extractor_, size, *self.dry_run_)
     return how.batch_size*(image+maps+3*patches)+ahead*(3*patches if how.cache else image)
 
 @patch

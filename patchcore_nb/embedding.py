@@ -21,6 +21,7 @@ from .bit_depth import check_value_range
 from .data import Preprocess, parse_pixels
 from .extractor import split_seed
 from .program import choose_batchnorm, choose_mean_std
+from .tiles import check_tile, sides
 
 # %% ../nbs/07_embedding.ipynb #0fbd8b25
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Embedding:
     target_dim:int|None=1024             # D, values of an embedding; None: all that the layers give
     preprocessing:str='mean'             # of each layer's neighbourhood: "mean" or "conv"
     aggregation:str='mean'               # of the joined layers: "mean" or "mlp"
-    resize:int|tuple[int,int]=256        # shorter side of the scaled image, pixels; or (height, width)
+    resize:int|tuple[int,int]|None=256   # shorter side of the scaled image, pixels; or (height, width); None: as it is
     imagesize:int|tuple[int,int]|None=224 # side of the square cut from its middle, pixels; or (height, width); None: nothing is cut
     value_range:tuple[float,float]|None=None # black and white in images of more than 8 bits; None: not known
     unit:bool=False                      # is each embedding brought to length 1?
@@ -44,11 +45,13 @@ class Embedding:
     seed:int=0                           # of random weights and random projections
     batchnorm:str|None=None              # "program": moved by an image of ones, as the reference does; "trained"; None: by the backbone's name
     mean_std:str|None=None               # by which images are normalised: "imagenet" or "weights"; None: by the backbone's name
+    tile:int|tuple[int,int]|None=None    # of a large image, pixels; or (height, width); None: it goes through the network in one piece
+    tile_overlap:float=.25               # share of a tile that is around it at least, [0, 0.5]
     weights_sha256:str=''                # of the backbone's weights, as calibrated; empty: not known yet
     network_sha256:str=''                # of what else the backbone is, as `digest_network` finds it; empty: not known yet
 
     def __post_init__(self):
-        for name in ('resize', 'imagesize'): # which may be text
+        for name in ('resize', 'imagesize', 'tile'): # which may be text
             size = getattr(self, name)
             if size is not None: object.__setattr__(self, name, parse_pixels(size, name))
         shown = self.value_range
@@ -57,6 +60,7 @@ class Embedding:
         for name, f in choose.items(): object.__setattr__(self, name, f(self.backbone, getattr(self, name)))
         check_fields(self)
         check_seed(self.seed)
+        check_tile(self.tile, self.tile_overlap, self.imagesize)
 
     @property
     def own_seed(self)->int:
@@ -72,16 +76,15 @@ class Embedding:
     @property
     def ones(self)->tuple[int,int]: # (H, W), pixels
         "The size of the image of ones that moves batch norms."
-        size = self.preprocess.size
-        return (224, 224) if self.imagesize is None or size is None else size
+        return sides(self.tile or self.imagesize or 224)
 
 # %% ../nbs/07_embedding.ipynb #54f48d7a
 def settle(
     what:Embedding,
-    shape:tuple[int,int], # (width, height) of an image
+    shape:tuple[int,int]|None=None, # (width, height) of an image; None: one of the size of `ones`
 )->Embedding: # whose preprocess has a size
     "Find the input size from the first image, where nothing is cut."
-    known = what.preprocess.settle(shape)
+    known = what.preprocess.settle(shape or what.ones[::-1])
     return replace(what, resize=known.resize, imagesize=known.imagesize)
 
 # %% ../nbs/07_embedding.ipynb #d6c956fd
@@ -92,7 +95,8 @@ def essence(
     found = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(what).items()}
     random = {'conv', 'mlp'} & {what.preprocessing, what.aggregation}
     seed = what.own_seed if random else None
-    return {k: v for k, v in found.items() if k != 'weights'}|dict(seed=seed)
+    overlap = what.tile_overlap if what.tile else None
+    return {k: v for k, v in found.items() if k != 'weights'}|dict(seed=seed, tile_overlap=overlap)
 
 def differences(
     a:Embedding, # whose network is known

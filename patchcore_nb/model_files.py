@@ -58,7 +58,7 @@ def plain_params(
 )->dict: # as they can be read again
     "Say parameters as a file does: plain numbers, also for sizes; refuse what cannot be read again."
     found = {k: as_list(v) for k, v in params.items()}
-    for name in ('resize', 'imagesize'):
+    for name in ('resize', 'imagesize', 'tile'):
         size = found[name]
         if isinstance(size, str): found[name] = as_list(parse_pixels(size, name))
     found['augment'] = bool(found['augment'])
@@ -246,7 +246,8 @@ def check_own_size(
         resize, size, _ = seen_size(values['params'], own_shape(values))
         whole = resize if isinstance(resize, tuple) else (resize, resize)
         pixels = math.prod(size or whole)
-        if pixels > MOST_PIXELS: raise ValueError(f'{pixels:,} pixels, {MOST_PIXELS:,} at most are expected')
+        most = MOST_PIXELS << 4 if values['params'].get('tile') else MOST_PIXELS
+        if pixels > most: raise ValueError(f'{pixels:,} pixels, {most:,} at most are expected')
     except Exception as e: raise DataError(f'{path} tells no size of images ({first_line(e)}): the model is damaged, fit it again') from None
 
 # %% ../nbs/08_model_files.ipynb #14e5bd73

@@ -49,7 +49,7 @@ class PatchCore(Estimator):
         target_dim:int|None=1024,             # values of an embedding; None: all that the layers give
         preprocessing:str='mean',             # of each layer's neighbourhood: "mean" or "conv"
         aggregation:str='mean',               # of the joined layers: "mean" or "mlp"
-        resize:int|tuple[int,int]=256,        # shorter side of the scaled image, pixels; or (height, width)
+        resize:int|tuple[int,int]|None=256,   # shorter side of the scaled image, pixels; or (height, width); None: as it is
         imagesize:int|tuple[int,int]|None=224, # side of the square cut from its middle, pixels; or (height, width); None: nothing is cut
         augment:bool=False,                   # also remember training images turned and mirrored?
         train_val_split:float=1.,             # part of the images to remember, (0, 1]; the rest sets the threshold
@@ -66,6 +66,8 @@ class PatchCore(Estimator):
         value_range:tuple[float,float]|None=None, # black and white in images of more than 8 bits; None: found from the training images
         batchnorm:str|None=None,              # "program": moved by an image of ones, as the reference does; "trained"; None: by the backbone's name
         mean_std:str|None=None,               # by which images are normalised: "imagenet" or "weights"; None: by the backbone's name
+        tile:int|tuple[int,int]|None=None,    # of a large image, pixels; or (height, width); None: it goes through the network in one piece
+        tile_overlap:float=.25,               # share of a tile that is around it at least, [0, 0.5]
         *,
         weights_dir:str|Path|None=None,       # folder with weights files; None: PATCHCORE_NB_WEIGHTS
         device:int|str|torch.device|None=None, # as `pick_device` takes it
@@ -212,7 +214,7 @@ def check(self:PatchCore,
     "Refuse arguments that cannot work, before the images are read."
     check_recipe(self.recipe)
     what = self.embedding
-    what = settle(what, (1, 1)) if images is None else look_at(what, as_items(images))
+    what = settle(what) if images is None else look_at(what, as_items(images))
     others = [*embedders_of(self), *embedders_of(twin)]
     ready = self.__dict__.get('_checked')
     self._checked = find_embedder(what, check_compute(self.compute), ready, others)

@@ -102,16 +102,17 @@ def turned(
     return along, c*y - s*x
 
 # %% ../nbs/01a1_portable.ipynb #34609a31
-SIZE = 256 # height and width of every picture, pixels
+SIZE = 256 # height and width of every picture but the plates', pixels
 
 def frame(
     dice:Dice,   # where chance comes from
     shift:float, # furthest move of the origin from the centre, pixels
     turn:float,  # furthest rotation, full turns
     zoom:float,  # furthest change of scale, as a fraction
-)->tuple[np.ndarray,np.ndarray]: # (SIZE, SIZE) each: x and y of every pixel in the thing's own axes
+    side:int=SIZE, # height and width, pixels
+)->tuple[np.ndarray,np.ndarray]: # (side, side) each: x and y of every pixel in the thing's own axes
     "Make coordinates as seen from a thing that lies a little askew."
-    y, x = np.mgrid[:SIZE, :SIZE] - 127.5
+    y, x = np.mgrid[:side, :side] - (side-1)/2
     scale = dice.one(1-zoom, 1+zoom)
     x = scale*(x-dice.one(-shift, shift))
     y = scale*(y-dice.one(-shift, shift))

@@ -165,7 +165,7 @@ def read_reference_params(
 # %% ../nbs/08_reference_files.ipynb #bfa3679a
 ALWAYS = dict(stride=1, more_patchsizes=(), preprocessing='mean', aggregation='mean',
               patch_score='max', k=1, weights='pretrained', search='exact',
-              precision='float32', distance='squared', smoothing=4) # in the reference
+              precision='float32', distance='squared', smoothing=4, tile=None) # in the reference
 NUMBERS = ('pretrain_dim', 'target_dim', 'imagesize', 'resize') # one number each, there
 
 def usual_resize(

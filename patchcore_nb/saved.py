@@ -53,7 +53,7 @@ def evaluate_cli(**kw):
     "Judge saved models on test sets: RESULTS_PATH patch_core_loader [...] dataset [...]"
 
 evaluate_cli.add_command(without(patch_core_loader, help='the models'))
-evaluate_cli.add_command(without(dataset, 'train_val_split', 'augment'))
+evaluate_cli.add_command(without(dataset, 'train_val_split', 'augment', 'tile', 'tile_overlap'))
 
 @evaluate_cli.result_callback()
 def judge_again(parts, **group):

@@ -159,8 +159,8 @@ def wake_embedder(
     tensors:dict[str,Tensor],
 )->Embedder: # as calibrated
     "Rebuild the embedder of a model."
-    height, width = learned.get('size') or (1, 1)
-    what = settle(model.embedding, (width, height))
+    size = learned.get('size')
+    what = settle(model.embedding, size and (size[1], size[0]))
     learned_range = learned.get('value_range')
     if learned_range: what = replace(what, value_range=learned_range)
     embedder = Embedder(what, model.compute)

@@ -58,8 +58,8 @@ def test_every_option_has_its_entry(lang, section):
     assert not gone, f'{LANGUAGES[lang]} tells of {sorted(gone)}, which {section} does not have'
 
 def test_parts_that_are_told_by_reference_hold_nothing_new():
-    "The guide says of patchcore_nb_evaluate that its parts are those of patchcore_nb_run, less two options of dataset."
-    for part, fewer in (('patch_core_loader', set()), ('dataset', {'--train_val_split', '--augment'})):
+    "The guide says of patchcore_nb_evaluate that its parts are those of patchcore_nb_run, less four options of dataset."
+    for part, fewer in (('patch_core_loader', set()), ('dataset', {'--train_val_split', '--augment', '--tile', '--tile_overlap'})):
         assert names(cli.commands[part])-names(evaluate_cli.commands[part]) == fewer and names(evaluate_cli.commands[part]) <= names(cli.commands[part])
 
 @each_language
