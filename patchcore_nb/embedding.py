@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 
 from .base import check_fields
 from .budget import parse_size
@@ -62,21 +63,22 @@ class Embedding:
         check_seed(self.seed)
         check_tile(self.tile, self.tile_overlap, self.imagesize)
 
-    @property
-    def own_seed(self)->int:
-        "The seed: the one in the backbone's name before the given one."
-        own = split_seed(self.backbone)[1]
-        return self.seed if own is None else own
+# %% ../nbs/07_embedding.ipynb #e667afeb
+@patch(as_prop=True)
+def own_seed(self:Embedding)->int:
+    "The seed: the one in the backbone's name before the given one."
+    own = split_seed(self.backbone)[1]
+    return self.seed if own is None else own
 
-    @property
-    def preprocess(self)->Preprocess:
-        "How an image is scaled and cut."
-        return Preprocess(self.resize, self.imagesize, self.value_range)
+@patch(as_prop=True)
+def preprocess(self:Embedding)->Preprocess:
+    "How an image is scaled and cut."
+    return Preprocess(self.resize, self.imagesize, self.value_range)
 
-    @property
-    def ones(self)->tuple[int,int]: # (H, W), pixels
-        "The size of the image of ones that moves batch norms."
-        return sides(self.tile or self.imagesize or 224)
+@patch(as_prop=True)
+def ones(self:Embedding)->tuple[int,int]: # (H, W), pixels
+    "The size of the image of ones that moves batch norms."
+    return sides(self.tile or self.imagesize or 224)
 
 # %% ../nbs/07_embedding.ipynb #54f48d7a
 def settle(
