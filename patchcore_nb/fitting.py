@@ -130,8 +130,8 @@ def memory_load(
     clean = n-int(n*recipe.denoise) if recipe.denoise else 0
     pixels = math.prod(embedder.preprocess_.size)
     batch = embedder.batch_bytes(recipe.views)
-    compared = measures(recipe.rule.patch_score)
-    return Load(n_images, n, embedder.dim_, n_kept, embedder.weight_bytes(), batch, n_test, pixels, clean, compared)
+    weights, compared = embedder.weight_bytes(), measures(recipe.rule.patch_score)
+    return Load(n_images, n, embedder.dim_, n_kept, weights, batch, n_test, pixels, clean, compared)
 
 def plan_for(
     embedder:Embedder,

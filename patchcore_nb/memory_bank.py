@@ -116,7 +116,8 @@ def shrink(self:MemoryBank,
     known = sum(o <= m for o in self.sizes)
     names = 'rows', 'origin', 'idxs', 'anchor_dists'
     first = {name: getattr(self, name)[:m].clone() for name in names}
-    return replace(self, **first, ratio=ratio, sizes=self.sizes[:known], radii=self.radii[:known], spread=None)
+    sizes, radii = self.sizes[:known], self.radii[:known]
+    return replace(self, **first, ratio=ratio, sizes=sizes, radii=radii, spread=None)
 
 # %% ../nbs/07b_memory_bank.ipynb #b4dd5aef
 def naive_pick_new(

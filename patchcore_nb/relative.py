@@ -42,7 +42,7 @@ def measure_spread(
     rule:Rule=Rule(),   # of which the distance counts
     search:Callable|None=None, # of the memory bank, fitted and exact; None: made here
 )->Tensor: # (M,) b, how far each lies from its neighbours
-    "Measure the mean distance of each stored patch to its three nearest other ones, or to as many as there are."
+    "Measure the mean distance of each stored patch to its three nearest other ones, or as many as there are."
     m = len(memory_bank)
     if m < 2: raise ArgumentError(f'patch_score relative compares stored patches with one another, and there is only {m}: pass a larger ratio')
     search = search or SEARCHES['exact']().fit(memory_bank)

@@ -300,8 +300,8 @@ class Scorer:
         with limit_threads(self.num_threads):
             self.search_ = SEARCHES.find(self.search)().fit(memory_bank)
             exact = self.search_ if self.search == 'exact' else None
-            known = spread is not None
-            self.spread_ = spread.to(memory_bank.device) if known else measure_bank(self.rule, memory_bank, exact)
+            if spread is None: spread = measure_bank(self.rule, memory_bank, exact)
+        self.spread_ = None if spread is None else spread.to(memory_bank.device)
         return self
 
     @full_precision()

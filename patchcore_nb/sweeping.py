@@ -94,7 +94,9 @@ def asked_of(
     for m in sizes if asking else ():
         rows = bank[:m]
         search = Exact().fit(rows)
-        for name, rule in asking.items(): found[m, name] = Neighbours(rows, search, measure_bank(rule, rows, search))
+        for name, rule in asking.items():
+            spread = measure_bank(rule, rows, search)
+            found[m, name] = Neighbours(rows, search, spread)
     return found
 
 # %% ../nbs/10_sweep.ipynb #44a9d54e
