@@ -130,7 +130,8 @@ def with_digests(
     return dataclasses.replace(what, weights_sha256=weights, network_sha256=identify_network(backbone))
 
 STEPS = ( # one of each file of ours that an image goes through
-    as_plain, to_grey, to_tensor, as_it_is, Preprocess, full_precision, move_batch_norms, Extractor, Tiled, Aggregator, Embedder)
+    as_plain, to_grey, to_tensor, as_it_is, Preprocess, full_precision, move_batch_norms,
+    Extractor, Tiled, Aggregator, Embedder)
 
 def processor_of(
     device:torch.device,
