@@ -10,7 +10,7 @@ import copy, math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .core import *
 from .extractor import Extractor, map_shapes
