@@ -288,7 +288,8 @@ def saved_models(
     paths = loader['patch_core_paths']
     if len(paths) == 1 and data['no_crop']: paths = paths*len(categories)
     sizes = [sizes_for(data, o, group['on_error']) if o.train or o.test else {} for o in categories]
-    how = compute_arguments(group, loader, data) | {o: loader.get(o) for o in ('search', 'batchnorm', 'mean_std')}
+    own = {o: loader.get(o) for o in ('search', 'batchnorm', 'mean_std')}
+    how = compute_arguments(group, loader, data) | own
     ready = partial(load, **how)
     pairs = zip(paths, sizes*len(paths))
     return [partial(ready, path, **size) for path, size in pairs]

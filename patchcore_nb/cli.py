@@ -233,7 +233,8 @@ def judge_models(
     data = flags['dataset']
     refuse(group, ONLY_FITTING, 'is for fitting, and saved models are fitted')
     if len(group['seed']) > 1: raise click.UsageError('several --seed are for fitting, and saved models are fitted: give one')
-    refuse(data, ('augment', 'train_val_split', 'value_range', 'tile', 'tile_overlap'), 'is for fitting, and saved models are fitted')
+    of_fits = 'augment', 'train_val_split', 'value_range', 'tile', 'tile_overlap'
+    refuse(data, of_fits, 'is for fitting, and saved models are fitted')
     check_folders(loader)
     categories = find_categories(group['seed'][0], data, need_train=False)
     models = saved_models(group, loader, data, categories)

@@ -22,7 +22,7 @@ from .base import as_plain
 from .batching import as_it_is
 from .bit_depth import to_grey
 from .budget import Plan, spilled
-from .building import build_aggregator, build_extractor, dry_run, trained_backbone
+from .parts import build_aggregator, build_extractor, dry_run, trained_backbone
 from .cache import Cache, code_state, digest_image
 from .core import *
 from .data import TURNS, Preprocess, batches

@@ -25,7 +25,8 @@ SEARCHES = Registry('search', 'patchcore_nb.searches', dict(exact='search') | di
 DATASETS = Registry('dataset', 'patchcore_nb.datasets', dict(
     mvtec='mvtec', demo='demo', mpdd='layouts', btad='layouts', mvtec_loco='layouts', mvtec_ad2='layouts',
     visa='tables', mtd='splits', ksdd='splits', folder='patterns', csv='tables'))
-BACKBONES = Registry('backbone', 'patchcore_nb.backbones', dict(filterbank='filterbank', efficientnet_lite0='lite'))
+BACKBONES = Registry('backbone', 'patchcore_nb.backbones', dict(
+    filterbank='filterbank', efficientnet_lite0='lite'))
 WITH_WEIGHTS = 'efficientnet_lite0', # of these; the others need none
 
 # %% ../nbs/00_names.ipynb #d3e0043a
@@ -112,12 +113,13 @@ _COMMON = dict(
     patchsize=3, stride=1, preprocessing='mean', aggregation='mean', k=1, smoothing=4., imagesize=224)
 _AS_REFERENCE = dict(pretrain_dim=1024, target_dim=1024, sampler='approx_greedy_coreset', resize=256)
 _AS_PROGRAM = dict(batchnorm='program', mean_std='imagenet')
+_TRAINED = dict(batchnorm='trained')
 
 PRESETS = {
     'reference': _COMMON | _AS_REFERENCE | _AS_PROGRAM | dict(distance='squared', patch_score='max'),
-    'steady': _COMMON | _AS_REFERENCE | dict(batchnorm='trained', distance='squared', patch_score='relative'),
-    'paper': _COMMON | _AS_REFERENCE | dict(batchnorm='trained', distance='euclidean', patch_score='reweighted'),
-    'anomalib': _COMMON | dict(
-        batchnorm='trained', distance='euclidean', patch_score='reweighted', pretrain_dim=None, target_dim=None,
+    'steady': _COMMON | _AS_REFERENCE | _TRAINED | dict(distance='squared', patch_score='relative'),
+    'paper': _COMMON | _AS_REFERENCE | _TRAINED | dict(distance='euclidean', patch_score='reweighted'),
+    'anomalib': _COMMON | _TRAINED | dict(
+        distance='euclidean', patch_score='reweighted', pretrain_dim=None, target_dim=None,
         sampler='single_start_coreset', resize=(256, 256), imagesize=(256, 256)),
 }

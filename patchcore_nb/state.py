@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEARNED_OF_BANK', 'LEARNED', 'OF_ROWS', 'get_state', 'as_list', 'learned_of', 'tensors_of', 'check_black',
            'check_params', 'check_registered', 'check_learned', 'check_tensors', 'wake_embedder', 'with_weights',
-           'wake_bank', 'from_state']
+           'wake_bank', 'left_unsaid', 'from_state']
 
 # %% ../nbs/07h_state.ipynb #5fea1c2c
 import typing, warnings
@@ -25,6 +25,7 @@ from .fitting import Fitted, check_kept, check_recipe, make_scorer, with_spread
 from .memory_bank import MemoryBank
 from .names import DISTANCES, PATCH_SCORES, SAMPLERS, SEARCHES
 from .patchcore import PARAMS, PatchCore, fitted_for
+from .program import choose_batchnorm, choose_mean_std
 from .scorer import measures
 from .thresholds import read_calibration
 
@@ -192,6 +193,14 @@ def wake_bank(
     return MemoryBank(tensors['memory_bank'], **of_rows, **plain, ratio=model.ratio)
 
 # %% ../nbs/07h_state.ipynb #d1beac3b
+def left_unsaid(
+    params:dict, # of `PatchCore`, checked
+)->dict: # in which nothing is said that follows from the backbone's name
+    "Leave out what a user would leave out."
+    name = params.get('backbone', 'wideresnet50')
+    usual = dict(batchnorm=choose_batchnorm(name), mean_std=choose_mean_std(name))
+    return params|{k: None for k, v in usual.items() if params.get(k) == v}
+
 @usual_torch()
 def from_state(
     state:dict,               # plain values, as `get_state` gives them
@@ -204,7 +213,7 @@ def from_state(
     params, learned = check_params(state['params']), check_learned(state['learned'])
     check_registered(params)
     check_tensors(tensors, learned)
-    model = PatchCore(**params, **runtime)
+    model = PatchCore(**left_unsaid(params), **runtime)
     check_recipe(model.recipe)
     embedder, bank = wake_embedder(model, learned, tensors), wake_bank(model, learned, tensors)
     if bank.rows.shape[1] != embedder.dim_: raise DataError(f"the memory bank holds patches of {bank.rows.shape[1]} values, but the embedding has {embedder.dim_}: the model's files do not belong together")

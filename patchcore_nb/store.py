@@ -108,7 +108,8 @@ def write_ensemble(
     write_json(folder/ENSEMBLE, dict(format=FORMAT, members=prefixes, calibration=own, sha256=digests))
 
 # %% ../nbs/08_store.ipynb #73800111
-MOVED = "the batch norms are used as they were trained, but the reference's program will move them when it loads its two files, and other scores come out there: pass batchnorm program if that matters"
+MOVED = ("the batch norms are used as they were trained, but the reference's program will move them when "
+         'it loads its two files, and other scores come out there: pass batchnorm program if that matters')
 
 def save(
     model:PatchCore|Ensemble, # fitted

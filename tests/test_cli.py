@@ -151,9 +151,9 @@ sampler -p 0.1 approx_greedy_coreset dataset --resize 256 --imagesize 224 -d cab
 @pytest.mark.parametrize('path', ['DATA', 'F:/data/mvtec_anomaly_detection', r'F:\data\mvtec_anomaly_detection', '/data/mvtec anomaly'])
 def test_the_seed_command_parses_to_the_letter(call, path, monkeypatch, tmp_path):
     "With a small stand-in for the download it gets as far as the data, which is not there."
-    from patchcore_nb import building
+    from patchcore_nb import parts
     built = []
-    monkeypatch.setattr(building, 'create_backbone', lambda name, *a, real=building.create_backbone, **kw: built.append(name) or real('resnet18', 'random'))
+    monkeypatch.setattr(parts, 'create_backbone', lambda name, *a, real=parts.create_backbone, **kw: built.append(name) or real('resnet18', 'random'))
     refused(call(args=[*SEED_COMMAND, path]), 1, str(Path(path)), 'is not there')
     assert built == ['wideresnet50'] and not (tmp_path/'results').exists()
 
@@ -290,7 +290,7 @@ def test_categories_and_kinds_keep_their_names_and_digits_in_tables(tmp_path):
     (dict(dataset=f'{SMALL} -d tile --batch_size 0'), ['batch_size']), (dict(dataset=SMALL), ['subdatasets']), (dict(dataset=f'{SMALL} -d tile -d tile'), ['twice']),
     (dict(args='--gpu -2 results patch_core -b resnet18 -le layer2 sampler identity dataset -d a mvtec b'.split()), ['index of a device']), (dict(group='--no_such_flag'), ['no_such_flag']), (dict(group='--log_online'), ['does not know it', 'leave it out']), (dict(group='--model_format pickle'), ['pickle']), (dict(group='--model_format ours'), ['--save_patchcore_model']),
     (dict(group='--seed 99999999999999999999'), ['seed']), (dict(core=CORE+' --weights_dir x'), ['--weights random']), (dict(core='-b filterbank -le layer2 --weights random'), ['has no weights']),
-    (dict(dataset='--resize 16 --imagesize 16 -d tile', core=CORE+' -pa 2'), ['larger than the map of layer3']), (dict(group='--log_group='), ['log_group']), (dict(args=[]), ['RESULTS_PATH']),
+    (dict(dataset='--resize 16 --imagesize 16 -d tile', core=CORE+' -pa 2 --batchnorm trained'), ['larger than the map of layer3']), (dict(group='--log_group='), ['log_group']), (dict(args=[]), ['RESULTS_PATH']),
     (dict(args=['results']), ['RESULTS_PATH patch_core']), (dict(args=['r', 'sampler', 'identity']), ['patch_core', 'missing']),
     (dict(args=['r', 'patch_core_loader', '-p', 'x']), ['dataset', 'missing', 'patch_core_loader']), (dict(dataset=f'{SMALL} -d tile --no_crop'), ['--no_crop', '--imagesize']), (dict(dataset='-d tile --resize 1x2x3'), ['HEIGHTxWIDTH']), (dict(sampler='-p 0.1 preset'), ['goes with --preset', 'greedy_coreset']), (dict(core=CORE+' --target_embed_dimension few'), ['few']), (dict(core=CORE+' --smoothing -1'), ['smoothing']), (dict(group='--preset papr'), ['preset']), (dict(args=['r', 'patch_cor']), ['patch_cor']),
     (dict(group='--no_report --lang zh'), ['--lang', '--no_report']), (dict(core=CORE+' --reweighting_num_nn 3'), ['--patchscore reweighted']), (dict(core=CORE+' --false_alarms none --confidence .99'), ['--confidence', '--false_alarms none'])])

@@ -499,7 +499,7 @@ def test_a_spawned_pool(either):
 
 OTHERS = dict(backbone='resnet34', layers=('layer1',), ratio=.2, sampler='random', k=3, patch_score='mean', patchsize=5, more_patchsizes=(1,), stride=2, pretrain_dim=32, target_dim=32,
               preprocessing='conv', aggregation='mlp', resize=32, imagesize=56, augment=True, train_val_split=.5, false_alarms=None, confidence=None, denoise=.1, weights='pretrained', seed=5, search='fast',
-              precision='bfloat16', distance='cosine', reweight_k=3, smoothing=2, value_range=(0, 4095), tile=32, tile_overlap=.5)
+              precision='bfloat16', distance='cosine', reweight_k=3, smoothing=2, value_range=(0, 4095), batchnorm='trained', mean_std='weights', tile=32, tile_overlap=.5)
 
 def test_no_argument_is_left_out(): assert {*OTHERS, *RUNTIME} == {*PARAMS}
 

@@ -154,7 +154,7 @@ def test_older_files_are_as_trained(tmp_path, trained, older):
     if older == FIRST: values['params']['b'] = values['params'].pop('reweight_k')
     write_json(folder/'model.json', values | dict(format=older))
     again = load(folder, device='cpu')
-    assert (again.batchnorm, again.mean_std) == ('trained', 'imagenet')
+    assert (again.embedding.batchnorm, again.embedding.mean_std) == ('trained', 'imagenet')
     assert torch.equal(again.predict(IMAGES).image_scores, trained.predict(IMAGES).image_scores)
 
 def test_a_third_without_its_seal_is_refused(tmp_path, trained):
@@ -181,7 +181,7 @@ def of_reference(tmp_path_factory):
 def test_the_references_files(of_reference):
     model, folder, weights = of_reference
     again = load(folder, weights_dir=weights, device='cpu')
-    assert (again.batchnorm, again.mean_std) == ('program', 'imagenet')
+    assert (again.embedding.batchnorm, again.embedding.mean_std) == ('program', 'imagenet')
     torch.testing.assert_close(again.predict(IMAGES).image_scores, model.predict(IMAGES).image_scores, rtol=1e-5, atol=1e-5)
     asked = load(folder, weights_dir=weights, batchnorm='trained', mean_std='weights', device='cpu')
     assert (asked.embedding.batchnorm, asked.embedding.mean_std) == ('trained', 'weights')
@@ -234,7 +234,7 @@ def test_a_network_of_ones_own_may_say():
     own = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.Conv2d(8, 8, 2, 2))
     own.pretrained_cfg = dict(mean=(.1, .2, .3), std=(.5, .5, .5), interpolation='bicubic')
     assert habits_of('filterbank', own).norm == Norm((.1, .2, .3), (.5, .5, .5))
-    assert Embedder(Embedding('filterbank', ['0', '1']), Compute(device='cpu'), own).remarks == ['the weights of filterbank were trained with bicubic interpolation; images are scaled bilinearly']
+    assert Embedder(Embedding('filterbank', ['0', '1']), Compute(device='cpu'), own).remarks == ['images are scaled bilinearly, but those of filterbank were bicubic']
 
 def test_the_file_says_the_colours(tmp_path, program):
     said = json.loads((save(program, tmp_path/'m', 'ours')/'model.json').read_text())['images']
