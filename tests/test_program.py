@@ -277,9 +277,9 @@ def test_flags_of_the_commands(call):
     loader = f'patch_core_loader -p {folder}'
     assert call(evaluate_main, f'--gpu -1 --no_report again {loader} --batchnorm trained {DATA}')[0] == 0
     code, said = call(evaluate_main, f'--gpu -1 --no_report again2 {loader} --batchnorm program {DATA}')
-    assert code == 2 and 'was fitted with --batchnorm trained' in said
+    assert code == 2 and 'was fitted with' in said and 'leave --batchnorm out' in said
     code, said = call(predict_main, f'--gpu -1 {folder} data/cog/test/good --mean_std imagenet')
-    assert code == 2 and 'was fitted with --mean_std weights' in said
+    assert code == 2 and 'was fitted with' in said and 'leave --mean_std out' in said
 
 # Lite0
 
@@ -295,7 +295,7 @@ def test_lite0_from_the_package(tmp_path):
 @needs_lite
 def test_a_package_with_another_file(tmp_path, monkeypatch):
     other = tmp_path/'other.pth'
-    other.write_bytes(lite.package_file().read_bytes()[:-1]+b'\0')
+    other.write_bytes(lite.package_file().read_bytes()+b'\0')
     monkeypatch.setattr(lite, 'package_file', lambda: other)
     with pytest.raises(DataError, match='SHA-256'): create_backbone('efficientnet_lite0')
 
