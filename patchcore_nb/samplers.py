@@ -85,7 +85,9 @@ def single_start(
     "Pick greedily in a sparse projection, one random row first, as anomalib does."
     low = project_sparse(rows, .9, seed)
     first = _some_rows(low, 1, seed)
-    return _greedy(low, start_mean(low, first).index_fill_(0, first, torch.inf), sizes, show)
+    far = 2*start_mean(low, first).max()+1 # farther than any row is from the first pick
+    start = far.expand(len(low)).index_fill(0, first, torch.inf)
+    return _greedy(low, start, sizes, show)
 
 # %% ../nbs/04_samplers.ipynb #71416311
 def nearest_at_sizes(
