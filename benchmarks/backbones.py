@@ -47,7 +47,7 @@ def judged(
 
 def main():
     args, found = options(__doc__), []
-    ratios, seeds = ([.01], [0]) if args.quick else ([.01, .1], [0, 1, 2])
+    ratios, seeds = [.01], [0] if args.quick else [0, 1, 2]
     with tempfile.TemporaryDirectory() as temp:
         categories = {o: load_category('demo', temp, o) for o in (DEMO_CATEGORIES[-1:] if args.quick else DEMO_CATEGORIES)}
         first = next(iter(categories.values()))

@@ -9,7 +9,7 @@ __all__ = ['APART', 'stride_of', 'core_arguments', 'sampler_arguments', 'data_ar
            'dataset_arguments', 'find_categories', 'first_shape', 'sizes_for', 'check_folders', 'saved_models']
 
 # %% ../nbs/12_arguments.ipynb #c861949c
-import warnings
+import inspect, warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ import click
 
 from .answers import ARGUMENTS
 from .base import *
-from .names import BACKBONES, PRESETS, SAMPLERS, WITH_WEIGHTS
+from .names import BACKBONES, PRESETS, SAMPLERS
 
 # %% ../nbs/12_arguments.ipynb #313c9322
 def stride_of(
@@ -115,7 +115,8 @@ def check_weights(
 ):
     "Refuse what cannot be said of a backbone's weights."
     if core['weights_dir'] and core['weights'] == 'random': raise click.UsageError('--weights random takes nothing from --weights_dir: pass one of them')
-    if name in BACKBONES and name not in WITH_WEIGHTS and (core['weights_dir'] or core['weights'] == 'random'): raise click.UsageError(f"{name} has no weights: leave --weights and --weights_dir out")
+    asked = core['weights_dir'] or core['weights'] == 'random'
+    if asked and name in BACKBONES and 'weights' not in inspect.signature(BACKBONES[name]).parameters: raise click.UsageError(f"{name} has no weights: leave --weights and --weights_dir out")
 
 # %% ../nbs/12_arguments.ipynb #6316cc1d
 def layer_of(

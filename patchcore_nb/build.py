@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'ENDINGS', 'WRAPPINGS', 'HEADS', 'register_backbone', 'split_seed', 'library_names', 'has_network',
-           'find_backbone', 'weights_names', 'find_weights', 'read_weights', 'put_weights', 'build_network',
+           'find_backbone', 'weights_names', 'find_weights', 'read_weights', 'put_weights', 'build_network', 'seeded',
            'create_backbone']
 
 # %% ../nbs/02_build.ipynb #222aaef1
@@ -236,8 +236,10 @@ def _download(library:str, name:str, asked:str)->nn.Module:
 _BUILDING = RLock() # a backbone of one's own may build another one
 
 @contextmanager
-def _seeded(seed:int)->Iterator[None]:
-    "Draw random weights by a seed, and leave the process's own generator as it was."
+def seeded(
+    seed:int, # of what is drawn in the block
+)->Iterator[None]:
+    "Draw by a seed, one at a time, and leave the process's own generator as it was."
     with _BUILDING, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
@@ -265,7 +267,7 @@ def create_backbone(
     if weights not in ('pretrained', 'random'): raise unknown('weights', weights, ['pretrained', 'random'])
     name, own_seed = split_seed(name)
     library, there = find_backbone(name)
-    with _seeded(seed if own_seed is None else own_seed):
+    with seeded(seed if own_seed is None else own_seed):
         if library == 'ours': model = _from_table(there, weights, weights_dir)
         else: model = _from_library(library, there, name, weights, weights_dir)
     return model.eval().requires_grad_(False)

@@ -31,7 +31,7 @@ MODEL_FORMATS = 'both', 'ours', 'reference'
 @click.argument('results_path', type=PLACE)
 @GPU
 @click.option('--seed', type=click.IntRange(0, 2**63-1), default=(0,), multiple=True, show_default=True, help='Seed of all that is random; several run one after the other, and mean and deviation are told.')
-@click.option('--preset', type=click.Choice(list(PRESETS)), default=None, help='Compute as the reference, the paper or anomalib does, or steady: as the reference, with the patch score relative. A flag that is given beats it. Without it: as the reference.')
+@click.option('--preset', type=click.Choice(list(PRESETS)), default=None, help="Compute as the reference, the paper or anomalib does, or steady: the reference's settings with batch norms as trained and the patch score relative. A flag that is given beats it. Without it: as the reference.")
 @click.option('--log_group', default='group', show_default=True, help='Folder of the run; with _0, _1, ... if it is taken.')
 @click.option('--log_project', default='project', show_default=True, help='Folder above it.')
 @PICTURES

@@ -32,6 +32,7 @@ from .extractor import Extractor
 from .looked_up import least_in_batch, remembered
 from .maps import Lattice, make_maps
 from .program import move_batch_norms, norm_of, remarks_on
+from .reach import grain_of
 from .tiles import Tiled, bytes_on_the_way, tiles_said, windows
 
 # %% ../nbs/07a_embedder.ipynb #21c781ac
@@ -65,8 +66,14 @@ class Embedder:
     @property
     def remarks(self)->list[str]:
         "What is not as one would expect of the network."
-        said = remarks_on(self.what.backbone, self.what.batchnorm, self.what.mean_std, self.trained_)
-        return said+tiles_said(self.extractor_, self.preprocess_.size)
+        return remarks_on(self.what.backbone, self.what.batchnorm, self.what.mean_std, self.trained_)
+
+    @property
+    def tiles_said(self)->list[str]:
+        "How images are cut into tiles; nothing, where there are none."
+        found = tiles_said(self.extractor_, self.preprocess_.size)
+        other = found and self.backbone is not self.trained_
+        return [*found, 'the image of ones has the size of a tile'] if other else found
 
     def __repr__(self):
         (h, w), layers = self.grid_, ' '.join(self.what.layers)
@@ -130,8 +137,8 @@ def with_digests(
     return dataclasses.replace(what, weights_sha256=weights, network_sha256=identify_network(backbone))
 
 STEPS = ( # one of each file of ours that an image goes through
-    as_plain, to_grey, to_tensor, as_it_is, Preprocess, full_precision, move_batch_norms,
-    Extractor, Tiled, Aggregator, Embedder)
+    as_plain, to_grey, to_tensor, as_it_is, Preprocess, full_precision, move_batch_norms, Extractor, grain_of,
+    Tiled, Aggregator, build_extractor, Embedder)
 
 def processor_of(
     device:torch.device,
@@ -145,7 +152,8 @@ def recipe(self:Embedder)->dict: # plain values
     "List all that an embedding depends on, but for the image."
     modules = {type(o) for o in self.backbone.modules()}
     code = code_state([*STEPS, *modules])
-    return dict(embedding=essence(self.identified), device=processor_of(self.device_), code=code)
+    norm = [list(o) for o in self.norm_]
+    return dict(embedding=essence(self.identified), norm=norm, device=processor_of(self.device_), code=code)
 
 @patch
 def open_cache(self:Embedder)->Cache|None: # None: none is asked for, or it cannot be said what the network is

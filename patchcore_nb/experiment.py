@@ -72,6 +72,7 @@ def fit_category(
     plan = model.check(category).plan(len(category.train), len(category.test))
     for p in plan if isinstance(plan, list) else [plan]:
         if model.members[0].show: say(f'plan for {category.key}: {p}')
+    for o in {line for m in model.members if m.show for line in m.embedder_.tiles_said}: say(o)
     model.fit(category, plan=plan)
 
 def search_recall(

@@ -219,7 +219,8 @@ def announce_plan(
     "Make the plan of a fit, and say it where progress is shown, with what is unusual about the network."
     load = memory_load(embedder, recipe, len(split.keep), split.n_kept, n-len(split.keep))
     plan = plan_for(embedder, load)
-    for o in (f'plan: {plan}', *embedder.remarks) if embedder.how.show else (): say(o)
+    told = f'plan: {plan}', *embedder.remarks, *embedder.tiles_said
+    for o in told if embedder.how.show else (): say(o)
     return plan
 
 # %% ../nbs/07e_fitting.ipynb #b93f3557

@@ -129,6 +129,7 @@ def judge_order(
         kept = order[:n]
         own = embedder.calibrated([items[i] for i in kept])
         if seen is None or differences(seen.embedder.identified, own.identified):
+            seen = None # before there are two
             seen = see(own, recipe, every if own is embedder else kept, category, plan)
         bank = pick_bank(rows_of(seen, kept, plan), own, recipe, ('',)*n, plan)
         scorer = make_scorer(recipe, bank, own)

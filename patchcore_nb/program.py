@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from .build import find_backbone, split_seed
+from .build import find_backbone, seeded, split_seed
 from .core import *
 from .extractor import find_layers, listen
 from .names import BATCHNORMS, KNOWN, MEAN_STDS
@@ -61,7 +61,7 @@ def show_ones(
     "Show a network in training mode an image of ones."
     ones = torch.ones(1, 3, *size)
     found = find_layers(backbone.train(), layers)
-    with torch.random.fork_rng(devices=[]), full_precision(), listen(found): backbone(ones)
+    with seeded(0), full_precision(), listen(found): backbone(ones)
     backbone.eval()
 
 def share_weights(
@@ -82,7 +82,7 @@ def move_batch_norms(
     if not batch_norms(backbone): return backbone
     twin = copy.deepcopy(backbone).to(torch.device('cpu'), memory_format=torch.contiguous_format)
     try: show_ones(twin, layers, size)
-    except ValueError as e: raise ArgumentError(f"an image of ones of {size[0]} x {size[1]} does not go through the network in training mode ({first_line(e)[:120]}): pass a larger imagesize, or batchnorm='trained'") from None
+    except (ValueError, RuntimeError) as e: raise ArgumentError(f"an image of ones of {size[0]} x {size[1]} does not go through the network in training mode ({first_line(e)[:120]}): pass a larger imagesize, or batchnorm='trained'") from None
     moved = share_weights(backbone)
     for own, found in zip(batch_norms(moved), batch_norms(twin)):
         for name, value in own.named_buffers(): value.copy_(found.get_buffer(name))

@@ -228,7 +228,8 @@ def tiles_said(
     h, w = seen_at_once(extractor, size)
     (tall, wide), (above, beside) = extractor.tile, extractor.halo
     each = f'tiles of {tall} x {wide} with a halo of {above} x {beside}'
-    found = [f'{len(down)*len(across)} windows of {h} x {w} pixels: {each}']
+    n = len(down)*len(across)
+    found = [f"{n} window{'s'*(n > 1)} of {h} x {w} pixels: {each}"]
     short = extractor.cut.cell == 1 and extractor.reach > min(extractor.halo)
     less = 'at the edges of tiles its maps are a little different from those of the whole image'
     far = 'hundreds of pixels or everywhere' if extractor.reach == math.inf else f'{extractor.reach} pixels'

@@ -37,7 +37,7 @@ def test_scripts_run(name, tmp_path):
     assert found['quick'] and found['what'] in out.stdout and found['machine']['torch'] in torch.__version__
     check_rows(found['rows'])
 
-def test_there_is_something_to_run(): assert {'coreset', 'search', 'embedding', 'pipeline', 'growth', 'memory', 'sweep', 'pictures', 'evaluation', 'scores', 'relative', 'contamination', 'busy'} == set(QUICK)
+def test_there_is_something_to_run(): assert {'coreset', 'search', 'embedding', 'pipeline', 'growth', 'memory', 'sweep', 'pictures', 'evaluation', 'scores', 'relative', 'contamination', 'busy', 'backbones', 'learning'} == set(QUICK)
 
 
 @pytest.mark.parametrize('name', sorted(SCRIPTS))
@@ -46,7 +46,7 @@ def test_results_are_at_hand(name):
     assert found['what'] and not found.get('quick'), f'results/{name}.json is of a quick run, whose numbers mean nothing: run `make bench`'
     if name in QUICK: check_rows(found['rows'])
 
-def test_no_results_without_a_script(): assert {p.stem for p in (BENCH/'results').iterdir()} == set(SCRIPTS)
+def test_no_results_without_a_script(): assert {p.stem for p in (BENCH/'results').iterdir()} == {*SCRIPTS, 'peers'} # which `make peers` writes
 
 def test_results_name_no_machine():
     for path in (BENCH/'results').glob('*.json'):

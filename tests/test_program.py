@@ -2,6 +2,7 @@
 import copy
 import json
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from patchcore_nb.model_files import FIRST, FORMAT, SECOND, THIRD
 from patchcore_nb.names import KNOWN, PRESETS
 from patchcore_nb.patchcore import PatchCore
 from patchcore_nb.program import Norm, batch_norms, choose_batchnorm, choose_mean_std, habits_of, move_batch_norms, norm_of
+from patchcore_nb.reference_files import seen_otherwise
 from patchcore_nb.saved import evaluate_main, predict_main
 from patchcore_nb.store import load, save
 
@@ -67,6 +69,25 @@ def test_dropout_does_not_touch_the_generator():
     torch.manual_seed(3); want = torch.rand(2)
     torch.manual_seed(3); move_batch_norms(net, ['2'], (8, 8))
     assert torch.equal(torch.rand(2), want) and not any(o.training for o in net.modules())
+    assert torch.equal(move_batch_norms(net, ['2'], (8, 8))[2].running_mean, move_batch_norms(net, ['2'], (8, 8))[2].running_mean)
+
+def test_the_pass_disturbs_no_building_in_another_thread():
+    want = create_backbone('resnet18', 'random').conv1.weight
+    net = create_backbone('resnet18', 'random')
+    with ThreadPoolExecutor(3) as pool:
+        moving = [pool.submit(move_batch_norms, net, ['layer2'], (64, 64)) for _ in range(12)]
+        assert all(torch.equal(create_backbone('resnet18', 'random').conv1.weight, want) for _ in range(6))
+        for o in moving: o.result()
+
+def test_another_size_at_load_is_said(tmp_path, program, trained):
+    with pytest.warns(UserWarning, match='image of ones of the new size'): load(save(program, tmp_path/'a', 'ours'), resize=96, imagesize=96, device='cpu')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        load(save(trained, tmp_path/'b', 'ours'), resize=96, imagesize=96, device='cpu')
+
+@pytest.mark.parametrize('wrong', [3, None])
+def test_a_backbone_without_a_name(wrong):
+    with pytest.raises(ArgumentError, match='backbone'): Embedding(wrong)
 
 def test_weights_are_there_once(program):
     e = program.embedder_
@@ -197,7 +218,8 @@ def test_trained_in_their_format_warns(of_reference, tmp_path):
         warnings.simplefilter('error')
         save(model, tmp_path/'ours', 'ours')
         save(of_reference[0], tmp_path/'both2', 'both')
-        PatchCore('vgg11', ['features.14'], weights='random', batchnorm='trained', **SMALL).fit(IMAGES) # no batch norms at all
+        none = PatchCore('vgg11', ['features.14'], weights='random', batchnorm='trained', **SMALL).fit(IMAGES)
+    assert seen_otherwise(model) and not seen_otherwise(of_reference[0]) and not seen_otherwise(none) # which has no batch norms at all
 
 def test_other_colours_are_not_in_their_format(tmp_path):
     model = PatchCore('inception_v4', ['features.9'], weights='random', mean_std='weights', **SMALL | dict(resize=96, imagesize=84))
