@@ -712,7 +712,7 @@ def test_a_model_of_the_version_before_is_saved_as_one_of_this(name, tmp_path):
     folder = save(m, tmp_path/'m', 'ours')
     for o in folder.glob(f'*{VALUES}'):
         found = json.loads(o.read_text(encoding='utf-8'))
-        assert found['format'] == 'patchcore_nb model 3' and 'reweight_k' in found['params'] and 'b' not in found['params']
+        assert found['format'] == 'patchcore_nb model 4' and 'reweight_k' in found['params'] and 'b' not in found['params']
     again, images = load(folder), [demo_sample('cog', 'test', i)[0] for i in (0, 12)]
     assert torch.equal(again.predict(images).anomaly_maps, m.predict(images).anomaly_maps) and again.threshold_ == m.threshold_
 
