@@ -62,8 +62,8 @@ def same_size(
     return not wanted.sizes or seen_size(params, wanted.shape or own) == seen_size(values['params'], own)
 
 # %% ../nbs/08_at_load.ipynb #8cf0b2f6
-OTHER_ONES = ('batch norms, where there are any, are moved by an image of ones of the new size, and so are not '
-              'quite those that the memory was made with')
+OTHER_ONES = ('batch norms, where there are any, are moved by an image of ones of the new size, '
+              'and so are not quite those that the memory was made with')
 
 def say_no_threshold():
     "Warn that a threshold is gone."

@@ -59,7 +59,8 @@ class Embedding:
         if shown is not None: object.__setattr__(self, 'value_range', check_value_range(shown))
         choose = dict(batchnorm=choose_batchnorm, mean_std=choose_mean_std)
         named = isinstance(self.backbone, str) # else it is refused below
-        for name, f in choose.items() if named else (): object.__setattr__(self, name, f(self.backbone, getattr(self, name)))
+        for name, f in choose.items() if named else ():
+            object.__setattr__(self, name, f(self.backbone, getattr(self, name)))
         check_fields(self)
         check_seed(self.seed)
         check_tile(self.tile, self.tile_overlap, self.imagesize)

@@ -571,7 +571,7 @@ def test_an_ensemble_by_hand(pair):
 # Arguments that cannot be are named, numbers of numpy are numbers
 
 WRONG = [('ratio', ['x', None, '0.1', True, float('nan')]), ('train_val_split', ['x', None, True]), ('denoise', ['x', None, True]), ('stride', ['1', 1.5, None]), ('patchsize', ['3', 3., None, True]), ('pretrain_dim', ['x', 1.5]), ('target_dim', ['x', 1.5]),
-         ('more_patchsizes', [3, None, ['3'], [99]]), ('resize', [None, (64,), 64., 'x', True]), ('imagesize', [(64,), 'x', 64.]), ('layers', [3, None, 'layer2', [3]]), ('backbone', [3, None]), ('seed', ['x', None, 2**80, 1.5, True]), ('cache', [3]), ('spill_dir', [3]),
+         ('more_patchsizes', [3, None, ['3'], [99]]), ('resize', [(64,), 64., 'x', True]), ('imagesize', [(64,), 'x', 64.]), ('layers', [3, None, 'layer2', [3]]), ('backbone', [3, None]), ('seed', ['x', None, 2**80, 1.5, True]), ('cache', [3]), ('spill_dir', [3]),
          ('weights_dir', [3]), ('device', ['x', 1.5, True, [0]]), ('search_device', ['x', 1.5]), ('augment', ['no', 2]), ('smoothing', [True, '4', -1]), ('show', ['yes']), ('k', ['1', True, 1.]), ('patch_score', [3, 'maks']), ('sampler', [3]), ('search', [3]), ('distance', [None]),
          ('weights', [3]), ('batch_size', ['x', 2.5]), ('num_workers', [None]), ('search_threads', ['x']), ('memory_budget', [3.5, 'lots']), ('false_alarms', ['x', True]), ('confidence', [[1]])]
 
@@ -582,7 +582,7 @@ def test_an_argument_of_a_wrong_type_is_named(name, value):
 
 def test_what_a_wrong_argument_is_told():
     for name, value, said in [('layers', 'layer2', "layers must be a list, got 'layer2': pass ['layer2']"), ('more_patchsizes', 3, 'more_patchsizes must be a list, got 3: pass [3]'), ('ratio', 'x', "ratio must be a number, got 'x': pass 0.1"),
-                              ('resize', None, 'resize must be a whole number or a pair of whole numbers, got None: pass 256'), ('cache', 3, 'cache must be a path or None, got 3: leave it out')]:
+                              ('patchsize', None, 'patchsize must be a whole number, got None: pass 3'), ('cache', 3, 'cache must be a path or None, got 3: leave it out')]:
         with pytest.raises(ArgumentError) as e: model(**{name: value}).check()
         assert str(e.value) == said
 
