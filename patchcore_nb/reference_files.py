@@ -26,7 +26,7 @@ from .at_load import Wanted, at_size, by_search
 from .model_files import MOST, check_own_size, wake
 from .backbones import reference_name
 from .patchcore import PatchCore
-from .program import Norm, batch_norms, norm_of
+from .program import Norm, batch_norms, choose_mean_std, norm_of
 
 # %% ../nbs/08_reference_files.ipynb #5691fcc8
 HEADER = struct.Struct('<4siqqqBiQ') # kind, D, M, two fillers, trained, metric, number of floats: 45 bytes
@@ -190,9 +190,10 @@ def not_in_reference(
     "List what the reference's files cannot say about a model."
     name = split_seed(model.backbone)[0]
     stranger = [] if reference_name(name) else [f'the backbone {name}']
-    own = {k: as_plain(v) for k, v in model.get_params().items()} | dict(mean_std=model.embedding.mean_std)
+    mean_std = choose_mean_std(name, model.mean_std)
+    own = {k: as_plain(v) for k, v in model.get_params().items()} | dict(mean_std=mean_std)
     odd = [k for k, v in ALWAYS.items() if own[k] != v]
-    if norm_of(name, model.embedding.mean_std) != Norm(): odd.append('mean_std')
+    if norm_of(name, mean_std) != Norm(): odd.append('mean_std')
     return stranger+[f'{o} {own[o]!r}' for o in (*odd, *odd_sizes(model))]
 
 # %% ../nbs/08_reference_files.ipynb #68b2e1d1
