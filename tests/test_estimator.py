@@ -792,24 +792,24 @@ def test_a_list_changed_in_place_is_noticed(tmp_path, name, value):
 
 def test_what_was_checked_belongs_to_its_arguments():
     m = model().check()
-    backbone = m.extractor_.backbone
+    backbone = m.embedder_.trained_
     m.imagesize = m.resize = 96
     with pytest.raises(NotFittedError): m.grid_
     assert m.plan(20).peak == model(imagesize=96, resize=96).plan(20).peak and m.grid_ == (12, 12)
-    assert m.extractor_.backbone is backbone # which serves every size
+    assert m.embedder_.trained_ is backbone # which serves every size
     m.fit(IMAGES[:2]).target_dim = 32
     with pytest.raises(NotFittedError): m.view(IMAGES[0])
 
 def test_weights_of_another_folder_are_read_anew(tmp_path):
     m = model(weights_dir=tmp_path/'a').check()
-    backbone = m.extractor_.backbone
+    backbone = m.embedder_.trained_
     assert m.check().extractor_.backbone is backbone
     m.weights_dir = tmp_path/'b'
     assert m.check().extractor_.backbone is not backbone
 
 def test_an_ensemble_is_fitted_as_one(monkeypatch):
     pair = Ensemble([model(layers=[o], false_alarms=.3) for o in ('layer1', 'layer2')]).fit(IMAGES[:3])
-    assert pair.members[0].extractor_.backbone is pair.members[1].extractor_.backbone
+    assert pair.members[0].embedder_.trained_ is pair.members[1].embedder_.trained_
     before, adopt = pair.predict(IMAGES).image_scores, PatchCore.adopt
     def slowly(self, fitted):
         time.sleep(.2)

@@ -151,7 +151,7 @@ def bottles(testdata)->tuple[np.ndarray, np.ndarray]: # (139,) in the order of t
     from patchcore_nb import PatchCore
     paths, test = (sorted((testdata/'data'/'mvtec256'/'bottle'/o/'good').glob('*.png')) for o in ('train', 'test'))
     fitted = paths[::3]
-    model = PatchCore('resnet18', ratio=.01, seed=0, weights_dir=testdata/'weights').fit(fitted)
+    model = PatchCore('resnet18', ratio=.01, seed=0, weights_dir=testdata/'weights', batchnorm='trained').fit(fitted)
     scores = model.predict([o for o in paths if o not in fitted]+test).image_scores.numpy()
     return scores[:len(paths)-len(fitted)], scores[len(paths)-len(fitted):]
 
