@@ -803,9 +803,9 @@ def test_what_was_checked_belongs_to_its_arguments():
 def test_weights_of_another_folder_are_read_anew(tmp_path):
     m = model(weights_dir=tmp_path/'a').check()
     backbone = m.embedder_.trained_
-    assert m.check().extractor_.backbone is backbone
+    assert m.check().embedder_.trained_ is backbone
     m.weights_dir = tmp_path/'b'
-    assert m.check().extractor_.backbone is not backbone
+    assert m.check().embedder_.trained_ is not backbone
 
 def test_an_ensemble_is_fitted_as_one(monkeypatch):
     pair = Ensemble([model(layers=[o], false_alarms=.3) for o in ('layer1', 'layer2')]).fit(IMAGES[:3])
