@@ -137,9 +137,9 @@ def test_batch_norms_are_moved_at_the_size_of_a_tile():
     assert Embedding('resnet18', tile=(96, 128), **OWN).ones == (96, 128)
 
 def test_the_remarks_say_how_it_is_cut(fitted):
-    said = ' '.join(fitted.embedder_.remarks)
+    said = ' '.join(fitted.embedder_.tiles_said)
     assert 'tiles of 112 x 112' in said and 'looks further than the halo' not in said
-    assert 'looks further than the halo' in ' '.join(model('resnet18', layers=['layer3'], tile=64).check(IMAGES).embedder_.remarks)
+    assert 'looks further than the halo' in ' '.join(model('resnet18', layers=['layer3'], tile=64).check(IMAGES).embedder_.tiles_said)
 
 
 # Saved, cached, shared
