@@ -178,7 +178,7 @@ def compute_arguments(
     readers = threads_at_most(data['num_workers'])
     if most and 'num_workers' not in data['given']: readers = min(readers, most)
     search = dict(search_device=device, search_threads=threads, num_threads=most)
-    files = dict(weights_dir=core['weights_dir'], cache=group['cache'])
+    files = dict(weights_dir=core['weights_dir'], cache=group['cache'], engine=group['engine'])
     return dict(device=gpu, batch_size=data['batch_size'], num_workers=readers, show=True) | search | files
 
 # %% ../nbs/12_arguments.ipynb #a32ac7ad

@@ -15,7 +15,7 @@ from click.shell_completion import CompletionItem
 
 from .base import *
 from .names import (
-    BATCHNORMS, DATASETS, DISTANCES, MASK_THRESHOLDS, MEAN_STDS, ON_ERROR, PATCH_SCORES, SAMPLERS, SEARCHES)
+    BATCHNORMS, DATASETS, DISTANCES, ENGINES, MASK_THRESHOLDS, MEAN_STDS, ON_ERROR, PATCH_SCORES, SAMPLERS, SEARCHES)
 
 # %% ../nbs/12_choices.ipynb #5b8ea4ec
 def is_typed(
@@ -142,7 +142,7 @@ SAVED_MEAN_STD = click.option('--mean_std', type=click.Choice(MEAN_STDS), defaul
 @FAISS_ON_GPU
 @FAISS_NUM_WORKERS
 @click.option('--search', cls=Listed, type=Named(SEARCHES, shown=False), default='exact', show_default=True, help='How neighbours are searched: {names}; all but exact tell their recall.')
-@click.option('--precision', type=click.Choice(PRECISIONS), default='float32', show_default=True, help='Of the backbone; bfloat16 is faster where the processor knows it.')
+@click.option('--precision', type=click.Choice(PRECISIONS), default='float32', show_default=True, help='Of the backbone; bfloat16 is faster where processor and engine know it.')
 @click.option('--batchnorm', type=click.Choice(BATCHNORMS), default=None, help="Batch norms: moved by an image of ones before use, as the reference's program does (program), or as they were trained (trained). If not given, program for the reference's names of backbones, else trained.")
 @click.option('--mean_std', type=click.Choice(MEAN_STDS), default=None, help="Mean and deviation by which images are normalised: ImageNet's (imagenet), or those that the weights were trained with (weights). If not given, imagenet for the reference's names of backbones, else weights.")
 @click.option('--weights', type=click.Choice(['pretrained', 'random']), default='pretrained', show_default=True, help='Random weights are for timing and tests.')
@@ -220,6 +220,7 @@ LANG = click.option('--lang', type=click.Choice(LANGUAGES), default='en', show_d
 NUM_THREADS = click.option('--num_threads', type=click.IntRange(1, 1024), default=None, help="Threads for each thing that is computed: the network, the search, the pictures; a thread a core, or what OMP_NUM_THREADS says, if not given.")
 SKIP_OR_STOP = click.option('--on_error', type=click.Choice(ON_ERROR), default='skip', show_default=True, help='At an image that cannot be read: skip it, name it in the tables, and leave with status 1 at the end; or stop.')
 STOP_OR_SKIP = click.option('--on_error', type=click.Choice(ON_ERROR), default='stop', show_default=True, help='At an image that cannot be read: stop, or skip it, name it in the tables, and leave with status 1 at the end.')
+ENGINE = click.option('--engine', type=Named(ENGINES, 'torch', 'auto'), default='torch', show_default=True, help='Who evaluates the network: torch, or another library, if it is installed; auto times them and takes the fastest.')
 CACHE = click.option('--cache', type=PLACE, default=None, help='Folder where the patch embeddings of each image are kept and looked up; may be deleted at any time.')
 
 # %% ../nbs/12_choices.ipynb #a6e74205

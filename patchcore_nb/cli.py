@@ -20,7 +20,7 @@ from .base import *
 from .characters import say
 from .choices import *
 from patchcore_nb.choices import (
-    CACHE, GPU, LANG, NO_REPORT, NUM_THREADS, PICTURES, STOP_OR_SKIP, dataset, patch_core, patch_core_loader,
+    CACHE, ENGINE, GPU, LANG, NO_REPORT, NUM_THREADS, PICTURES, STOP_OR_SKIP, dataset, patch_core, patch_core_loader,
     sampler)
 from .names import PRESETS
 
@@ -45,6 +45,7 @@ MODEL_FORMATS = 'both', 'ours', 'reference'
 @NUM_THREADS
 @click.option('--memory_budget', default=None, help='Memory that may be taken: bytes, 600MB, 2GB; what is free if not given. Over it, patch embeddings go to a file in the results folder.')
 @CACHE
+@ENGINE
 def cli(**kw):
     """Find defects in images after seeing only good ones:
     RESULTS_PATH patch_core [...] sampler [...] dataset [...],

@@ -22,12 +22,13 @@ from .base import as_plain
 from .batching import as_it_is
 from .bit_depth import to_grey
 from .budget import Plan, spilled
-from .parts import build_aggregator, build_extractor, dry_run, trained_backbone
+from .parts import build_aggregator, build_extractor, dry_run, engage, engine_times, trained_backbone
 from .cache import Cache, code_state, digest_image
 from .core import *
 from .data import TURNS, Preprocess, batches
 from .described import digest_tensors, identify_network, is_known
 from .embedding import Compute, Embedding, check_compute, essence, settle
+from .engines import engine_state, remarks_on_precision, say_engines
 from .extractor import Extractor
 from .looked_up import least_in_batch, remembered
 from .maps import Lattice, make_maps
@@ -57,6 +58,7 @@ class Embedder:
         self.grid_ = self.aggregator_.grid(*cells)
         self.lattice_ = Lattice(cells, self.what.patchsize, self.what.stride)
         self.dim_ = self.aggregator_.dim_
+        self.extractor_ = engage(self.what, self.how, self.extractor_)
 
     @property
     def backbone(self)->nn.Module:
@@ -66,7 +68,9 @@ class Embedder:
     @property
     def remarks(self)->list[str]:
         "What is not as one would expect of the network."
-        return remarks_on(self.what.backbone, self.what.batchnorm, self.what.mean_std, self.trained_)
+        what = self.what
+        of_network = remarks_on(what.backbone, what.batchnorm, what.mean_std, self.trained_)
+        return [*of_network, *remarks_on_precision(what.precision, self.device_)]
 
     @property
     def tiles_said(self)->list[str]:
@@ -120,6 +124,18 @@ def forward(self:Embedder,
     if len(images) >= least: return self.embed(images)
     return self.embed(images.expand(least, -1, -1, -1))[:1].contiguous()
 
+# %% ../nbs/07a_embedder.ipynb #4e483fb0
+@patch(as_prop=True)
+def engine(self:Embedder)->str:
+    "Who evaluates the network."
+    return getattr(self.extractor_.engine, 'name', 'torch')
+
+@patch(as_prop=True)
+def engine_said(self:Embedder)->list[str]: # lines
+    "Say which engine was found to be the fastest; nothing, where none was asked for."
+    if self.how.engine != 'auto': return []
+    return [say_engines(engine_times(self.what, self.how, self.extractor_))]
+
 # %% ../nbs/07a_embedder.ipynb #13373944
 @patch(as_prop=True)
 def identified(self:Embedder)->Embedding:
@@ -153,7 +169,8 @@ def recipe(self:Embedder)->dict: # plain values
     modules = {type(o) for o in self.backbone.modules()}
     code = code_state([*STEPS, *modules])
     norm = [list(o) for o in self.norm_]
-    return dict(embedding=essence(self.identified), norm=norm, device=processor_of(self.device_), code=code)
+    place = dict(device=processor_of(self.device_), engine=engine_state(self.engine))
+    return dict(embedding=essence(self.identified), norm=norm, code=code) | place
 
 @patch
 def open_cache(self:Embedder)->Cache|None: # None: none is asked for, or it cannot be said what the network is
@@ -195,7 +212,8 @@ def calibrated(self:Embedder,
         if cache: cache.put(key, {k: v.cpu() for k, v in backbone.state_dict().items()})
     new = copy.copy(self) # maps and patches have the same shapes as before
     vars(new).pop('_identified', None) # the weights are others
-    new.trained_, new.extractor_ = backbone, build_extractor(self.what, self.how, backbone)
+    new.trained_ = backbone
+    new.extractor_ = engage(self.what, self.how, build_extractor(self.what, self.how, backbone))
     return new
 
 def show_images(
@@ -220,6 +238,8 @@ def with_compute(self:Embedder,
     if how.device_of() != self.device_: return Embedder(self.what, how, copy.deepcopy(self.trained_))
     new = copy.copy(self)
     new.how = check_compute(how)
+    same = (how.engine, how.cache) == (self.how.engine, self.how.cache)
+    if not same: new.extractor_ = engage(self.what, how, self.extractor_)
     return new
 
 @patch

@@ -20,6 +20,7 @@ from .budget import parse_size
 from .core import *
 from .bit_depth import check_value_range
 from .data import Preprocess, parse_pixels
+from .engines import check_engine
 from .extractor import split_seed
 from .program import choose_batchnorm, choose_mean_std
 from .tiles import check_tile, sides
@@ -121,6 +122,7 @@ class Compute:
     num_threads:int|None=None            # torch threads, and threads that draw; None: torch's own number, and a thread a core
     batch_size:int=8                     # images at a time
     num_workers:int=2                    # threads that read images ahead; 0: none
+    engine:str='torch'                   # who evaluates the network: "torch" or a name in `ENGINES`; "auto": the fastest on this machine
     show:bool=False                      # draw progress bars and say the plan?
     memory_budget:int|str|None=None      # bytes or text such as "2GB" that fit and predict may take; None: what is free
     spill_dir:str|Path|None=None         # folder for patches that are over the budget; None: the one for temporary files
@@ -159,6 +161,7 @@ def check_compute(
     check_count('num_workers', how.num_workers, 0, MOST_THREADS)
     for o in ('search_threads', 'num_threads'):
         if getattr(how, o) is not None: check_count(o, getattr(how, o), 1, MOST_THREADS)
+    check_engine(how.engine)
     parse_size(how.memory_budget) # which refuses what is no size
     if how.search_device is not None: how.device_of(search=True) # likewise
     return how

@@ -29,8 +29,9 @@ from .results import (
     INTERVALS, KINDS, SKIPPED, add_rows, picture_names, read_skipped, save_pictures, with_mean,
     write_scores, write_skipped, write_table, write_tables)
 from .resume import (
-    Asked, asked_of, inputs_of, run_folder, settings_of, write_inputs, write_state)
+    Asked, inputs_of, run_folder, settings_of, write_inputs, write_state)
 from .results_folder import hold
+from .resumed import asked_again
 from .skipping import check_on_error, skipping
 from .store import formats_for, save
 
@@ -176,7 +177,7 @@ def say_remarks(
 ):
     "Say once what is unusual about the networks, where progress is shown."
     shown = [o for o in model.members if o.show]
-    lines = [line for o in shown for line in o.embedder_.remarks]
+    lines = [line for o in shown for line in (*o.embedder_.remarks, *o.embedder_.engine_said)]
     for o in dict.fromkeys(lines): say(o)
 
 def check_run(
@@ -217,8 +218,9 @@ def run(
     said = formats_for(model, model_format)[2] if save_model else ''
     checked, readable = check_run(model, categories, on_error)
     if said: warnings.warn(said)
-    asked = asked_of(checked, categories, **wanted_of(outputs))
-    with run_folder(results, project, group, asked, resume) as (folder, done), warnings.catch_warnings():
+    where = results, project, group
+    checked, asked = asked_again(checked, categories, where, resume, **wanted_of(outputs))
+    with run_folder(*where, asked, resume) as (folder, done), warnings.catch_warnings():
         if said: warnings.filterwarnings('ignore', message='the reference.s files cannot express')
         report = run_all(checked, readable, folder, asked, done, outputs)
     return Run(folder, with_mean(report), len(done), skipped=len(read_skipped(folder)))

@@ -169,7 +169,7 @@ def to_map(
     what = type(out).__name__
     if isinstance(out, Tensor):
         maps = _unfold_tokens(module, out, shape, cut)
-        if maps.ndim == 4 and len(maps) == shape[0]: return maps.float()
+        if maps.ndim == 4 and maps.shape[0] == shape[0]: return maps.float()
         what = f'shape {tuple(out.shape)}'
     raise ArgumentError(f"layer {name} yields {what}, not a map (images, channels, height, width): name a convolutional layer, or a transformer's block such as blocks.7")
 
@@ -196,6 +196,7 @@ class Extractor(nn.Module):
         self.layers = tuple(layers)
         self.precision = precision
         self.cut = find_cut(backbone)
+        self.engine = None # what evaluates the network in place of torch: images -> maps
 
     def padded_size(self,
         size:Sequence[int], # (H, W) of the images, pixels
@@ -210,10 +211,12 @@ class Extractor(nn.Module):
         stop:bool=True,   # when the last wanted layer has spoken? else the whole network runs, for whoever wants its cost
     )->dict[str,Tensor]: # layer -> (B, C, h, w)
         "Compute the feature maps of the wanted layers, which cover `padded_size` of the images."
-        modules = find_layers(self.backbone, self.layers)
         h, w = self.padded_size(images.shape[2:])
+        images = pad_images(images, h, w)
+        if self.engine and stop: return dict(zip(self.layers, self.engine(images)))
+        modules = find_layers(self.backbone, self.layers)
         layout = lay_out(self.backbone, images.device)
-        images = pad_images(images, h, w).contiguous(memory_format=layout)
+        images = images.contiguous(memory_format=layout)
         multiply = _multiplying(self.precision, images.device)
         with full_precision(), multiply, listen(modules, stop) as seen: self.backbone(images)
         layers = zip(self.layers, modules)

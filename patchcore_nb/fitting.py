@@ -219,7 +219,7 @@ def announce_plan(
     "Make the plan of a fit, and say it where progress is shown, with what is unusual about the network."
     load = memory_load(embedder, recipe, len(split.keep), split.n_kept, n-len(split.keep))
     plan = plan_for(embedder, load)
-    told = f'plan: {plan}', *embedder.remarks, *embedder.tiles_said
+    told = f'plan: {plan}', *embedder.remarks, *embedder.tiles_said, *embedder.engine_said
     for o in told if embedder.how.show else (): say(o)
     return plan
 

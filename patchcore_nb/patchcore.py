@@ -76,6 +76,7 @@ class PatchCore(Estimator):
         num_threads:int|None=None,            # torch threads, and threads that draw; None: torch's own number, and a thread a core
         batch_size:int=8,                     # images at a time
         num_workers:int=2,                    # threads that read images ahead
+        engine:str='torch',                   # who evaluates the network: "torch" or a name in `ENGINES`; "auto": the fastest on this machine
         show:bool=False,                      # draw progress bars and say the plan?
         memory_budget:int|str|None=None,      # bytes or text such as "2GB" that fit and predict may take; None: what is free
         spill_dir:str|Path|None=None,         # folder for patches that are over the budget; None: the one for temporary files

@@ -90,7 +90,9 @@ def surroundings_of(
     weights = [o.weights_sha256[:16] for o in known]
     networks = [o.network_sha256[:16] for o in known]
     ours = dict(patchcore_nb=said['patchcore_nb'], torch=torch)
-    return ours | dict(device=devices_of(model), weights_sha256=weights, network_sha256=networks)
+    engines = [o.embedder_.engine for o in model.members]
+    others = dict(engines=engines) if {*engines} != {'torch'} else {}
+    return ours | dict(device=devices_of(model), weights_sha256=weights, network_sha256=networks) | others
 
 @dataclass(frozen=True)
 class Asked:

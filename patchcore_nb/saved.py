@@ -17,7 +17,7 @@ from .arguments import check_folders, find_categories, saved_models
 from .base import SkippedWarning, renamed
 from .choices import HELP, Parts, Size, check_parts, refuse, without
 from .choices import (
-    CACHE, GPU, LANG, NO_REPORT, NUM_THREADS, PICTURES, PLACE, SAVED_BATCHNORM, SAVED_MEAN_STD, SAVED_SEARCH,
+    CACHE, ENGINE, GPU, LANG, NO_REPORT, NUM_THREADS, PICTURES, PLACE, SAVED_BATCHNORM, SAVED_MEAN_STD, SAVED_SEARCH,
     SKIP_OR_STOP, STOP_OR_SKIP, WEIGHTS_DIR, dataset, patch_core_loader)
 from .characters import say
 from .cli import report_arguments, show_run, tell
@@ -48,6 +48,7 @@ def picture_folders(
 @LANG
 @STOP_OR_SKIP
 @CACHE
+@ENGINE
 @NUM_THREADS
 def evaluate_cli(**kw):
     "Judge saved models on test sets: RESULTS_PATH patch_core_loader [...] dataset [...]"
@@ -116,6 +117,7 @@ def said_of_lost(
 @click.option('--gpu', 'device', type=int, default=0, show_default=True, help='Index of the GPU; -1 forces the CPU.')
 @click.option('--batch_size', type=click.IntRange(1), default=8, show_default=True, help='Images at a time.')
 @click.option('--num_workers', type=click.IntRange(0), default=2, show_default=True, help='Threads that read images ahead.')
+@ENGINE
 @NUM_THREADS
 @click.option('--resize', type=Size(), default=None, help="Shorter side of the scaled image, pixels, or height x width; the model's own if not given.")
 @click.option('--imagesize', type=Size(), default=None, help="Side of the square cut from its middle, pixels, or height x width; the model's own if not given.")

@@ -21,6 +21,7 @@ from .prediction import Detector
 from .results import METRICS, SETTINGS, read_skipped, with_mean, write_results, write_table
 from .resume import Asked, asked_of, check_same, differing, read_run, run_folder, state_of
 from .results_folder import write_json
+from .resumed import asked_again
 
 # %% ../nbs/10_seeds.ipynb #9b161ebe
 def reseeded(
@@ -142,8 +143,9 @@ def run_seeds(
     check_seeds(seeds)
     model = model.fresh().check()
     wanted = wanted_of(Outputs(**outputs))
-    asked = asked_of(model, find(seeds[0]), seeds=list(seeds), **wanted)
-    with run_folder(results, project, group, asked, resume) as (folder, found):
+    where = results, project, group
+    model, asked = asked_again(model, find(seeds[0]), where, resume, seeds=list(seeds), **wanted)
+    with run_folder(*where, asked, resume) as (folder, found):
         done = of_seeds(found)
         check_seeds_same(model, find, folder, wanted, done, resume)
         table = run_each(model, find, seeds, folder, asked, done, resume=resume, **outputs)

@@ -579,7 +579,7 @@ def says(path, param, value, version=2):
     values(path, ('format', f'patchcore_nb model {version}'))
 
 SETTINGS = dict(weights_dir='/any/folder', device='cuda:7', search_device='cuda:7', search_threads=10**6, num_threads=10**6, batch_size=10**9, num_workers=10**6,
-                show=True, memory_budget='1TB', spill_dir='/any/folder', cache='/any/folder')
+                show=True, memory_budget='1TB', spill_dir='/any/folder', cache='/any/folder', engine='auto')
 
 def test_no_setting_is_left_out(): assert set(SETTINGS) == set(RUNTIME)
 
