@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['OTHERS', 'TRACED', 'SHOWN', 'FAR', 'ROUNDS', 'NO_UNITS', 'Graph', 'Engine', 'installed', 'check_engine', 'deviation',
-           'noise', 'run_by', 'check_maps', 'convert', 'conversions', 'engine_state', 'converted', 'Converted',
-           'engaged', 'candidates', 'time_engines', 'measured', 'say_engines', 'has_bfloat16', 'remarks_on_precision']
+           'noise', 'run_by', 'check_maps', 'in_our_words', 'convert', 'conversions', 'engine_state', 'converted',
+           'Converted', 'engaged', 'candidates', 'time_engines', 'measured', 'say_engines', 'has_bfloat16',
+           'remarks_on_precision']
 
 # %% ../nbs/02f_engines.ipynb #5f2f4b4d
-import copy, importlib.util, threading, time
+import contextlib, copy, importlib.util, threading, time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -119,6 +120,15 @@ def check_maps(
     if not far <= FAR[precision]: raise ArgumentError(f'engine {name} computes other maps than torch, off by {far:.2g} of the largest value: pass engine torch')
 
 # %% ../nbs/02f_engines.ipynb #e8d1e369
+@contextlib.contextmanager
+def in_our_words(
+    name:str, # of an engine
+):
+    "Say in our words what a library of others cannot do."
+    try: yield
+    except PatchCoreError: raise
+    except Exception as e: raise ArgumentError(f'engine {name} cannot evaluate this network ({type(e).__name__}: {first_line(e)[:120]}): pass engine torch') from e
+
 @torch.inference_mode(False)
 def convert(
     name:str,            # of an engine
@@ -128,10 +138,7 @@ def convert(
     "Convert a network."
     engine = ENGINES.find(name)
     graph = Graph(extractor, engine.stop).eval()
-    try:
-        with torch.no_grad(): return engine.convert(graph, noise(TRACED, size))
-    except Exception as e: # whatever a library of others raises
-        raise ArgumentError(f'engine {name} cannot convert this network ({type(e).__name__}: {first_line(e)[:120]}): pass engine torch') from e
+    with in_our_words(name), torch.no_grad(): return engine.convert(graph, noise(TRACED, size))
 
 def conversions(
     folder:Path|None,    # of the cache
@@ -166,10 +173,10 @@ def converted(
     key = f'{size[0]} x {size[1]}'
     found = kept and kept.get(key)
     network = found or convert(name, extractor, size)
-    run = engine.start(network, extractor.precision, threads)
+    with in_our_words(name): run = engine.start(network, extractor.precision, threads)
     if found: return run
     plain = Extractor(extractor.backbone, extractor.layers)
-    check_maps(run, plain, size, name, extractor.precision)
+    with in_our_words(name): check_maps(run, plain, size, name, extractor.precision)
     if kept: kept.put(key, network)
     return run
 

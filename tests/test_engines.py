@@ -16,11 +16,13 @@ from patchcore_nb.base import ArgumentError
 from patchcore_nb.build import create_backbone
 from patchcore_nb.cli import main
 from patchcore_nb.data import load_category
+from patchcore_nb.described import digest_tensors
 from patchcore_nb.engines import Engine, candidates, engaged, installed, noise, say_engines
 from patchcore_nb.ensemble import Ensemble
 from patchcore_nb.experiment import run
 from patchcore_nb.extractor import Extractor
-from patchcore_nb.names import ENGINES
+from patchcore_nb.model_files import VALUES
+from patchcore_nb.names import ENGINES, KNOWN
 from patchcore_nb.patchcore import PatchCore
 from patchcore_nb.resume import read_run
 from patchcore_nb.saved import evaluate_main, predict_main
@@ -30,6 +32,16 @@ SMALL = dict(resize=64, imagesize=64, pretrain_dim=32, target_dim=32, ratio=.2, 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), np.uint8)
 NAMES = [pytest.param(o, marks=pytest.mark.skipif(not installed(o), reason=f'{o} is not installed')) for o in ENGINES]
 each = pytest.mark.parametrize('name', NAMES)
+
+_MADE = {} # converted networks: to convert one takes seconds
+
+@pytest.fixture(autouse=True)
+def converted_once(monkeypatch):
+    def convert(name, extractor, size, real=engines.convert):
+        key = name, extractor.layers, size, type(extractor.backbone), digest_tensors(extractor.backbone.state_dict())
+        if key not in _MADE: _MADE[key] = real(name, extractor, size)
+        return _MADE[key]
+    monkeypatch.setattr(engines, 'convert', convert)
 
 def small(backbone='resnet18', **kw): return PatchCore(backbone, **SMALL | kw)
 
@@ -70,9 +82,17 @@ def test_tiles_go_through_an_engine(name):
     same(found, want)
 
 @each
-@pytest.mark.parametrize('backbone, layers', [('timm:vit_tiny_patch16_224', ['blocks.5']), ('vit_swin_base', ['layers.0']), ('densenet121', ['features.denseblock2']), ('timm:efficientnet_lite0', ['blocks.2', 'blocks.4'])])
-def test_other_kinds_of_networks_convert(name, backbone, layers):
-    size = (224, 224) if 'vit' in backbone else (64, 96)
+@pytest.mark.slow
+@pytest.mark.parametrize('backbone', [k for k, o in KNOWN.items() if o.library])
+def test_every_network_of_the_table_converts(name, backbone):
+    try: check_converted(name, backbone, KNOWN[backbone].layers, (224, 224))
+    finally: _MADE.clear()
+
+@each
+@pytest.mark.parametrize('backbone, layers, size', [('timm:vit_tiny_patch16_224', ['blocks.2'], (224, 224)), ('timm:efficientnet_lite0', ['blocks.2', 'blocks.4'], (64, 96))])
+def test_other_kinds_of_networks_convert(name, backbone, layers, size): check_converted(name, backbone, layers, size)
+
+def check_converted(name, backbone, layers, size):
     extractor = Extractor(create_backbone(backbone, 'random'), layers)
     for n in (1, 3):
         images = noise(n, size)
@@ -101,7 +121,7 @@ def test_a_copy_works(fitted, wanted, name, twin):
 @each
 def test_a_saved_model_knows_no_engine(fitted, wanted, tmp_path, name):
     save(copy.deepcopy(fitted).set_params(engine=name), tmp_path/'m')
-    assert 'engine' not in json.loads((tmp_path/'m'/'patchcore_nb.json').read_text(encoding='utf-8'))['params']
+    assert '"engine"' not in (tmp_path/'m'/VALUES).read_text(encoding='utf-8')
     assert load(tmp_path/'m').engine == 'torch'
     same(load(tmp_path/'m', engine=name).predict(IMAGES).image_scores, wanted.image_scores)
 
@@ -179,7 +199,7 @@ class Odd(nn.Module):
 @each
 def test_a_conversion_that_computes_something_else_is_refused(name):
     extractor = Extractor(Odd(), ['conv'])
-    with pytest.raises(ArgumentError, match=f'engine {name} (computes other maps than torch|cannot convert)'): engaged(extractor, name)(noise(3, (64, 64)))
+    with pytest.raises(ArgumentError, match=f'engine {name} (computes other maps than torch|cannot evaluate this network)'): engaged(extractor, name)(noise(3, (64, 64)))
 
 def test_an_engine_of_ones_own_is_held_against_torch():
     def start(network, precision, threads):
@@ -199,7 +219,7 @@ def test_auto_takes_the_fastest_and_says_it(monkeypatch, capfd):
     monkeypatch.setattr(engines, 'time_engines', lambda extractors, images: {o: times[o] for o in extractors})
     m = small(engine='auto', show=True).fit(IMAGES)
     assert m.embedder_.engine == min(times, key=times.get) and m.engine == 'auto'
-    assert capfd.readouterr().out.count(say_engines(dict(sorted(times.items(), key=lambda o: o[1])))) == 1
+    assert capfd.readouterr().err.count(say_engines(dict(sorted(times.items(), key=lambda o: o[1])))) == 1
 
 def test_auto_really_times_them():
     found = engines.time_engines({o: engaged(Extractor(create_backbone('resnet18', 'random'), ['layer2']), o) for o in candidates()}, noise(2, (64, 64)))
@@ -211,7 +231,7 @@ def test_a_resumed_run_keeps_its_engine(demo_root, tmp_path, monkeypatch):
     def fastest(name):
         monkeypatch.setattr(engines, '_CHOSEN', {})
         monkeypatch.setattr(engines, 'time_engines', lambda extractors, images: {o: 1.+(o != name) for o in extractors})
-    def go(categories, **how): return run(small('filterbank', ['layer2'], engine='auto', weights='pretrained'), categories, tmp_path, report=False, **how)
+    def go(categories, **how): return run(small('filterbank', layers=['layer2'], engine='auto', weights='pretrained'), categories, tmp_path, report=False, **how)
     class Stop(Exception): pass
     import patchcore_nb.experiment as experiment
     real, seen = experiment.one_category, []
@@ -232,7 +252,7 @@ def test_a_resumed_run_keeps_its_engine(demo_root, tmp_path, monkeypatch):
         resumed, seen = False, []
         fastest(second)
         with pytest.raises(Stop): go(cats)
-        run(small('filterbank', ['layer2'], weights='pretrained'), cats, tmp_path, report=False, resume=True)
+        run(small('filterbank', layers=['layer2'], weights='pretrained'), cats, tmp_path, report=False, resume=True)
 
 
 # The commands
