@@ -15,7 +15,8 @@ from click.shell_completion import CompletionItem
 
 from .base import *
 from .names import (
-    BATCHNORMS, DATASETS, DISTANCES, ENGINES, MASK_THRESHOLDS, MEAN_STDS, ON_ERROR, PATCH_SCORES, SAMPLERS, SEARCHES)
+    BATCHNORMS, DATASETS, DISTANCES, ENGINES, MASK_THRESHOLDS, MEAN_STDS, ON_ERROR, PATCH_SCORES,
+    SAMPLERS, SEARCHES)
 
 # %% ../nbs/12_choices.ipynb #5b8ea4ec
 def is_typed(

@@ -20,7 +20,8 @@ from .base import *
 from .characters import say
 from .choices import *
 from patchcore_nb.choices import (
-    CACHE, ENGINE, GPU, LANG, NO_REPORT, NUM_THREADS, PICTURES, STOP_OR_SKIP, dataset, patch_core, patch_core_loader,
+    CACHE, ENGINE, GPU, LANG, NO_REPORT, NUM_THREADS, PICTURES, STOP_OR_SKIP, dataset, patch_core,
+    patch_core_loader,
     sampler)
 from .names import PRESETS
 

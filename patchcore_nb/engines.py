@@ -210,8 +210,9 @@ class Converted:
         key = *size, threads
         with _STARTING:
             running = _STARTED.setdefault(self, {})
-            if key not in running: running[key] = converted(self.name, self.extractor, size, threads, self.folder)
-            return running[key]
+            if key in running: return running[key]
+            run = converted(self.name, self.extractor, size, threads, self.folder)
+            return running.setdefault(key, run)
 
 def engaged(
     extractor:Extractor, # stays as it is
@@ -269,12 +270,14 @@ def measured(
     device = next((o.device for o in extractor.backbone.state_dict().values()), torch.device('cpu'))
     names = candidates(extractor.precision, device)
     known = *batch, key, *names, torch.get_num_threads()
-    if known not in _CHOSEN:
-        n, *size = batch
-        plain = Extractor(extractor.backbone, extractor.layers, extractor.precision)
-        times = time_engines({o: engaged(plain, o, folder) for o in names}, noise(n, size).to(device)) if len(names) > 1 else dict(torch=0.)
-        _CHOSEN[known] = dict(sorted(times.items(), key=lambda o: o[1]))
-    return _CHOSEN[known]
+    if known in _CHOSEN: return _CHOSEN[known]
+    n, *size = batch
+    plain = Extractor(extractor.backbone, extractor.layers, extractor.precision)
+    by_name = {o: engaged(plain, o, folder) for o in names}
+    alone = len(names) == 1 # there is nothing to choose
+    times = dict(torch=0.) if alone else time_engines(by_name, noise(n, size).to(device))
+    fastest = sorted(times, key=times.get)
+    return _CHOSEN.setdefault(known, {o: times[o] for o in fastest})
 
 def say_engines(
     times:dict[str,float], # engine -> seconds of a batch, the fastest first
@@ -292,7 +295,8 @@ def has_bfloat16()->bool|None: # None: torch does not tell, before 2.9
     if ask is None: return None
     return any(v is True and 'bf16' in k for k, v in ask().items())
 
-NO_UNITS = 'precision bfloat16 brings nothing on this processor, which has no units for it: scores change, and no time is saved'
+NO_UNITS = ('precision bfloat16 brings nothing on this processor, which has no units for it: '
+            'scores change, and no time is saved')
 
 def remarks_on_precision(
     precision:str, # of the network

@@ -34,7 +34,8 @@ def convert(
 )->dict[str,Tensor]: # onnx, (n,) uint8
     "Convert a network."
     open_batch = {0: torch.export.Dim('batch', min=1, max=65536)}
-    with hushed(): made = torch.onnx.export(graph, (images,), dynamo=True, dynamic_shapes=(open_batch,), verbose=False)
+    how = dict(dynamo=True, dynamic_shapes=(open_batch,), verbose=False)
+    with hushed(): made = torch.onnx.export(graph, (images,), **how)
     content = bytearray(made.model_proto.SerializeToString())
     return dict(onnx=torch.from_numpy(np.frombuffer(content, np.uint8)))
 

@@ -34,7 +34,7 @@ def engines_of_unfinished(
 def keep_engines(model:Detector, # checked
     *where,         # results, project, group, settings
 )->Detector: # checked; the same, where nothing is to be kept
-    "Let networks be evaluated as in the run that would be gone on with, where the fastest engine is asked for."
+    "Keep the engines of the run that would be gone on with, where the fastest are asked for."
     asked = any(o.engine == 'auto' for o in model.members)
     was = engines_of_unfinished(*where) if asked else None
     if was is None: return model

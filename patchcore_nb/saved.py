@@ -17,7 +17,8 @@ from .arguments import check_folders, find_categories, saved_models
 from .base import SkippedWarning, renamed
 from .choices import HELP, Parts, Size, check_parts, refuse, without
 from .choices import (
-    CACHE, ENGINE, GPU, LANG, NO_REPORT, NUM_THREADS, PICTURES, PLACE, SAVED_BATCHNORM, SAVED_MEAN_STD, SAVED_SEARCH,
+    CACHE, ENGINE, GPU, LANG, NO_REPORT, NUM_THREADS, PICTURES, PLACE, SAVED_BATCHNORM, SAVED_MEAN_STD,
+    SAVED_SEARCH,
     SKIP_OR_STOP, STOP_OR_SKIP, WEIGHTS_DIR, dataset, patch_core_loader)
 from .characters import say
 from .cli import report_arguments, show_run, tell
