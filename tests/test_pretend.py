@@ -1,9 +1,12 @@
 "Every way through the package on a GPU that is not there: the same numbers as on the CPU, nothing on two devices, few waits."
 import copy
 import functools
+import os
 import warnings
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +16,7 @@ from torch import nn
 from patchcore_nb import embedder, greedy, nearest, quantised, search
 from patchcore_nb.approximate import Fast
 from patchcore_nb.base import ArgumentError
+from patchcore_nb.cli import main
 from patchcore_nb.core import generator
 from patchcore_nb.ensemble import Ensemble
 from patchcore_nb.every_size import nested
@@ -174,6 +178,19 @@ def test_from_one_device_to_the_other(tmp_path):
 @pytest.mark.parametrize('engine', ['openvino', 'onnxruntime'])
 def test_engines_do_not_compute_on_a_gpu(engine):
     with pretend(), pytest.raises(ArgumentError, match='computes on the CPU'): model(device=GPU, engine=engine).fit(GOOD)
+
+
+def test_a_whole_command_on_the_second_gpu(noise, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = '--gpu {} --seed 0 --no_report results patch_core -b tiny -le layer2 -le layer3 --faiss_on_gpu sampler -p 0.1 approx_greedy_coreset dataset --resize 64 --imagesize 64 --batch_size 2 -d noise mvtec {}'
+    def scores(number):
+        with pytest.raises(SystemExit) as end: main(words.format(number, Path(noise.train[0].path).parents[3]).split())
+        assert end.value.code == 0
+        return pd.read_csv(max(Path('results').rglob('results.csv'), key=os.path.getmtime), index_col=0).loc['mvtec_noise']
+    wanted = scores(-1)
+    with pretend() as gpu: found = scores(1)
+    np.testing.assert_allclose(found, wanted, atol=1e-3)
+    assert gpu.devices == {GPU}
 
 
 # Learning on
@@ -344,7 +361,7 @@ def test_a_step_of_the_coreset_waits_seldom(coded, monkeypatch):
         gpu.reset()
         greedy.farthest_points(rows, 600)
     waits = gpu.syncs.total()+gpu.downloads.total()+gpu.uploads.total()
-    assert waits <= 20*len(steps)+10, (waits/len(steps), gpu.syncs, gpu.downloads, gpu.uploads) # of hundreds of picks
+    assert 600/len(steps) > 100 and waits <= 12*len(steps)+10, (len(steps), gpu.syncs, gpu.downloads, gpu.uploads)
 
 def test_tiles_are_large_on_a_gpu(monkeypatch):
     seen = []
