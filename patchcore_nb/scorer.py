@@ -305,7 +305,9 @@ class Scorer:
         self.neighbours_ = Neighbours(memory_bank, search, spread) # at once, for whoever is asking
         return self
 
-    memory_bank_, search_, spread_ = (property(lambda o, name=name: getattr(o.neighbours_, name)) for name in Neighbours._fields)
+    memory_bank_ = property(lambda o: o.neighbours_.memory_bank)
+    search_ = property(lambda o: o.neighbours_.search)
+    spread_ = property(lambda o: o.neighbours_.spread)
 
     @full_precision()
     def __call__(self,
