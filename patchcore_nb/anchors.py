@@ -188,8 +188,10 @@ def _lower_share(
     fits = len(scratch)//target.columns.shape[1] # rows that scratch has space for
     block = min(at_once(rows, 2**12), fits)
     few = min(at_once(rows, 2**10), fits)
-    for part in torch.arange(share.start, share.stop, device=rows.device).split(at_once(rows, 2**13)):
-        at = slice(int(part[0]), int(part[-1])+1)
+    size = at_once(rows, 2**13)
+    for i in range(share.start, share.stop, size):
+        at = slice(i, min(i+size, share.stop))
+        part = torch.arange(at.start, at.stop, device=rows.device)
         live, need = _who_gains(codes.take(at), target, anchors[at].clamp(min=0), scratch, block)
         for some, least in zip(part[live].split(few), need.split(few)):
             pairs = _short_lists(codes.codes.index_select(0, some), target, least, scratch)

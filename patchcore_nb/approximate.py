@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TWIN', 'MOST_TWINS', 'twin_distance', 'Others', 'find_others', 'others', 'share_right', 'measure_recall',
-           'guess_length', 'Fast', 'Half', 'Eight', 'IVFPQ']
+           'guess_length', 'Fast', 'Half', 'Eight']
 
 # %% ../nbs/00ba_approximate.ipynb #18f009fd
 from collections.abc import Callable
@@ -14,6 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from .base import renamed
 from .core import *
 from .nearest import *
 from .quantised import *
@@ -223,7 +224,7 @@ class _Tiled:
         "Search the memory bank."
         check_k(k, len(self.kept_))
         q = self._seen(queries)
-        tile = max(4096, k)
+        tile = max(sides_at_once(q)[1], k)
         found = None
         for first in range(0, len(self.kept_), tile):
             rows = self._unfold(self.kept_[first:first+tile])
@@ -269,62 +270,5 @@ class Eight(_Tiled):
     def _seen(self, queries:Tensor)->Tensor: return sketch(queries, self.sketch_)[0].contiguous()
     def _unfold(self, kept:Tensor)->Tensor: return kept.float()*self.scale_
 
-# %% ../nbs/00ba_approximate.ipynb #2611eb5f
-@register_search('ivfpq')
-class IVFPQ:
-    "The reference's approximate index: an inverted file of product-quantised rows, by faiss."
-    lists = 512
-    pieces = 64
-    probes = 1
-    least = 256 # rows of a memory bank: as many as there are codewords
-
-    def __init__(self):
-        "Refuse at once if faiss is not there."
-        try: import faiss # noqa: F401
-        except ImportError: raise ArgumentError('search ivfpq needs faiss, which is not installed: pip install faiss-cpu') from None
-
-    def fit(self,
-        memory_bank:Tensor, # (M, D) float32
-    ):
-        "Train the index and measure its recall."
-        m = len(memory_bank)
-        if m < self.least: raise ArgumentError(f'search ivfpq learns 256 codewords, and the memory bank has {m} patches: keep more by a larger ratio, or use another search')
-        self.m_ = m
-        self.device_ = memory_bank.device
-        self.index_ = self._index(*memory_bank.shape)
-        rows = memory_bank.cpu().numpy()
-        self.index_.train(rows)
-        self.index_.add(rows)
-        self.recall_ = measure_recall(self, memory_bank)
-        return self
-
-    def _index(self, m:int, d:int):
-        "Make an empty index for m rows of d values."
-        import faiss
-        lists = max(1, min(self.lists, m//39))
-        pieces = max(p for p in range(1, self.pieces+1) if not d % p)
-        index = faiss.IndexIVFPQ(faiss.IndexFlatL2(d), d, lists, pieces, 8)
-        for o in (index.cp, index.pq.cp):
-            o.seed = 0 # no chance
-            o.min_points_per_centroid = 1 # no warnings
-        index.nprobe = self.probes
-        return index
-
-# %% ../nbs/00ba_approximate.ipynb #ee124d1f
-@patch
-def __call__(self:IVFPQ,
-    queries:Tensor, # (Q, D)
-    k:int=1,        # neighbours, 1 <= k <= M
-)->tuple[Tensor,Tensor]: # (Q, k) approximate squared distances, ascending; (Q, k) int64 rows
-    "Search the index."
-    import faiss
-    check_k(k, self.m_)
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    q = queries.float().cpu().contiguous().numpy()
-    d, i = self.index_.search(q, k)
-    short = (i < 0).any(1) # their list does not hold k rows: look into all lists
-    if short.any():
-        everywhere = faiss.SearchParametersIVF(nprobe=self.index_.nlist)
-        d[short], i[short] = self.index_.search(q[short], k, params=everywhere)
-    dists, idxs = (torch.from_numpy(o).to(self.device_) for o in (d, i))
-    return dists.clamp_(min=0), idxs
+# %% ../nbs/00ba_approximate.ipynb #8b7fe879
+__getattr__ = renamed(__name__, IVFPQ='faiss_search.IVFPQ')

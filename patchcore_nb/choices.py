@@ -142,7 +142,7 @@ SAVED_MEAN_STD = click.option('--mean_std', type=click.Choice(MEAN_STDS), defaul
 @click.option('--smoothing', type=click.FloatRange(0, 1000, max_open=True), default=4, show_default=True, help='Deviation of the Gaussian over the maps, pixels; 0: none.')
 @FAISS_ON_GPU
 @FAISS_NUM_WORKERS
-@click.option('--search', cls=Listed, type=Named(SEARCHES, shown=False), default='exact', show_default=True, help='How neighbours are searched: {names}; all but exact tell their recall.')
+@click.option('--search', cls=Listed, type=Named(SEARCHES, shown=False), default='exact', show_default=True, help='How neighbours are searched: {names}; all but exact and faiss tell their recall.')
 @click.option('--precision', type=click.Choice(PRECISIONS), default='float32', show_default=True, help='Of the backbone; bfloat16 is faster where processor and engine know it.')
 @click.option('--batchnorm', type=click.Choice(BATCHNORMS), default=None, help="Batch norms: moved by an image of ones before use, as the reference's program does (program), or as they were trained (trained). If not given, program for the reference's names of backbones, else trained.")
 @click.option('--mean_std', type=click.Choice(MEAN_STDS), default=None, help="Mean and deviation by which images are normalised: ImageNet's (imagenet), or those that the weights were trained with (weights). If not given, imagenet for the reference's names of backbones, else weights.")

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'check_seed', 'generator', 'best_device', 'named_device', 'pick_device', 'to_rgb',
-           'FirstFrameWarning', 'read_image', 'dense', 'to_pil', 'normalise', 'denormalise', 'to_tensor', 'progress',
-           'PatchCoreError', 'DataError', 'ArgumentError', 'nearest_names', 'first_line', 'unknown', 'as_plain',
-           'is_whole', 'is_number', 'in_short', 'disk_error', 'make_folder', 'replacing', 'replacing_folder',
-           'write_text', 'full_precision', 'in_threads', 'limit_threads', 'usual_torch']
+           'FirstFrameWarning', 'read_image', 'dense', 'to_pil', 'brought', 'normalise', 'denormalise', 'to_tensor',
+           'progress', 'PatchCoreError', 'DataError', 'ArgumentError', 'nearest_names', 'first_line', 'unknown',
+           'as_plain', 'is_whole', 'is_number', 'in_short', 'disk_error', 'make_folder', 'replacing',
+           'replacing_folder', 'write_text', 'full_precision', 'in_threads', 'limit_threads', 'usual_torch']
 
 # %% ../nbs/00_core.ipynb #47a55bb6
 import warnings
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -200,12 +200,30 @@ def to_pil(
     return to_rgb(Image.fromarray(a))
 
 # %% ../nbs/00_core.ipynb #35dcdedb
+@lru_cache(maxsize=32)
+def _kept(make:Callable, args:tuple, device:torch.device)->Tensor:
+    "Make a constant and bring it to a GPU."
+    with torch.inference_mode(False): return make(*args).to(device) # or nobody could ask for gradients any more
+
+def brought(
+    make:Callable,       # whole numbers, numbers, text -> a tensor on the CPU
+    args:tuple,          # of it
+    device:torch.device, # where the tensor is wanted
+)->Tensor: # not to be changed
+    "Make a constant; on a GPU it is kept."
+    return make(*args) if device.type == 'cpu' else _kept(make, args, device)
+
+# %% ../nbs/00_core.ipynb #64656918
 IMAGENET_MEAN = 0.485, 0.456, 0.406
 IMAGENET_STD = 0.229, 0.224, 0.225
 
+def _as_channels(values:tuple, dtype:torch.dtype)->Tensor: # (3, 1, 1)
+    "Lay out a value for each channel."
+    return torch.tensor(values, dtype=dtype)[:, None, None]
+
 def _per_channel(values:tuple, like:Tensor)->Tensor: # (3, 1, 1)
     "Lay a value for each channel beside images."
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+    return brought(_as_channels, (tuple(values), like.dtype), like.device)
 
 def normalise(
     images:Tensor, # (..., 3, H, W) in [0, 1]

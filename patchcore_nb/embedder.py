@@ -21,7 +21,7 @@ from .aggregator import Aggregator
 from .base import as_plain
 from .batching import as_it_is
 from .bit_depth import to_grey
-from .budget import Plan, spilled
+from .budget import Plan, or_here, spilled
 from .parts import build_aggregator, build_extractor, dry_run, engage, engine_times, trained_backbone
 from .cache import Cache, code_state, digest_image
 from .core import *
@@ -281,7 +281,8 @@ def empty_rows(self:Embedder,
 )->Tensor: # (N, D) not initialised
     "Make room for patch embeddings."
     if plan and plan.where == 'file': return spilled(n, self.dim_, plan.folder)
-    return torch.empty(n, self.dim_, device=self.device_ if plan and plan.where == 'gpu' else 'cpu')
+    where = self.device_ if plan and plan.where == 'gpu' else torch.device('cpu')
+    return or_here(lambda o: torch.empty(n, self.dim_, device=o), where, 'all patch embeddings')
 
 # %% ../nbs/07a_embedder.ipynb #150cea55
 @patch

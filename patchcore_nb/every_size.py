@@ -42,12 +42,12 @@ RATIOS = .001, .002, .005, .01, .02, .05, .1
 
 def plane_of(
     rows:Tensor,        # (N, D) all patches
-    memory_bank:Tensor, # (M, D) those that are remembered
+    memory_bank:Tensor, # (M, D) those that are remembered, on the CPU
     dots:int,           # of all patches, at most
 )->tuple[np.ndarray,np.ndarray]: # (n, 2) some of all; (M, 2) the remembered ones
     "Bring patches onto the plane of their two main directions."
     step = -(-len(rows)//dots)
-    some = rows[torch.arange(0, len(rows), step)]
+    some = rows[::step].cpu()
     plane = pca_plane(torch.cat([some, memory_bank])).numpy()
     return plane[:len(some)], plane[len(some):]
 
@@ -60,7 +60,8 @@ def cover_radii(
     "Find how far the worst patch is from the first of the memory bank, for each size."
     ends = sorted(set(sizes))
     radii = {}
-    for m, (dists, _) in zip(ends, Nested().fit(memory_bank, ends)(rows)):
+    search = Nested().fit(memory_bank.to(rows.device), ends)
+    for m, (dists, _) in zip(ends, search(rows)):
         radii[m] = float(dists.max().sqrt())
     return [radii[m] for m in sizes]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .base import check_fields
-from .budget import Load, Plan, free_memory, make_plan, parse_size, release, stage, too_many
+from .budget import Load, Plan, free_memory, make_plan, or_here, parse_size, release, stage, too_many
 from .characters import say
 from .core import *
 from .data import TURNS, check_split, hold_out
@@ -175,7 +175,9 @@ def pick_bank(
     "Pick what is remembered."
     kept = without_strangest(rows, embedder, recipe) if recipe.denoise else None
     clean = rows if kept is None else take_rows(rows, kept, plan)
-    core = coreset(clean, recipe.ratio, recipe.sampler, embedder.what.own_seed, embedder.how.show)
+    seed, show = embedder.what.own_seed, embedder.how.show
+    def pick(device): return coreset(clean.to(device), recipe.ratio, recipe.sampler, seed, show)
+    core = or_here(pick, clean.device, 'the coreset')
     if kept is not None: core = replace(core, idxs=kept[core.idxs])
     grid, on_disk = embedder.grid_, plan is not None and plan.where == 'file'
     return make_bank(rows, core, grid, digests, recipe.views, len(clean), recipe.ratio, copy=on_disk)
@@ -246,7 +248,8 @@ def make_scorer(
     rule, how = recipe.rule, embedder.how
     threads = how.search_threads
     scorer = Scorer(rule.k, rule.patch_score, threads, recipe.search, rule.distance, rule.reweight_k)
-    return scorer.fit(bank.rows.to(how.device_of(search=True)), bank.spread)
+    def hand_over(device): return scorer.fit(bank.rows.to(device), bank.spread)
+    return or_here(hand_over, how.device_of(search=True), 'the memory bank')
 
 def with_spread(
     bank:MemoryBank,

@@ -92,7 +92,7 @@ def make_maps(
     lattice = lattice or Lattice(grid)
     if grid != lattice.grid: raise ArgumentError('patch_scores must be of the {} x {} patches of their lattice, got {} x {}: pass the lattice that they lie on'.format(*lattice.grid, *grid))
     axes = axes_of(lattice, size)
-    h, w = (map_matrix(axis, float(sigma))[:kept].to(patch_scores.device)
+    h, w = (brought(map_matrix, (axis, float(sigma)), patch_scores.device)[:kept]
             for axis, kept in zip(axes, keep or size))
     return h @ patch_scores @ w.T
 

@@ -21,7 +21,7 @@ DISTANCES = Registry('distance', 'patchcore_nb.distances', dict.fromkeys(
 
 # %% ../nbs/00_names.ipynb #ea241b5f
 SEARCHES = Registry('search', 'patchcore_nb.searches', dict(exact='search') | dict.fromkeys(
-    ['fast', 'fp16', 'int8', 'ivfpq'], 'approximate'))
+    ['fast', 'fp16', 'int8'], 'approximate') | dict.fromkeys(['faiss', 'ivfpq'], 'faiss_search'))
 DATASETS = Registry('dataset', 'patchcore_nb.datasets', dict(
     mvtec='mvtec', demo='demo', mpdd='layouts', btad='layouts', mvtec_loco='layouts', mvtec_ad2='layouts',
     visa='tables', mtd='splits', ksdd='splits', folder='patterns', csv='tables'))

@@ -60,9 +60,9 @@ def cover_radii(
     picks = rows[idxs].sub_(centre) # (M, D)
     radii = []
     for size, bound in zip(sizes, guess_dists(rows, idxs, guesses)):
-        radius = 0.
-        for which in bound.argsort(descending=True).split(block):
-            if bound[which[0]] <= radius or size == len(rows): break
+        radius, order = 0., bound.argsort(descending=True)
+        for top, which in zip(bound[order[::block]].tolist(), order.split(block)):
+            if top <= radius or size == len(rows): break
             radius = max(radius, _largest_dist(rows, centre, which, picks[:size]))
         radii.append(radius)
     return radii

@@ -21,6 +21,7 @@ from scipy.ndimage import gaussian_filter1d
 from torch import Tensor
 
 from .base import check_made, renamed
+from .budget import or_here
 from .core import *
 from .names import DISTANCES, PATCH_SCORES, SEARCHES
 from .search import check_k
@@ -146,7 +147,7 @@ def smooth_grid(
     sigma:float=1,       # cells
 )->Tensor: # (B, h, w)
     "Smooth a patch grid by a Gaussian."
-    h, w = (blur_matrix(n, float(sigma)).to(patch_scores.device) for n in patch_scores.shape[1:])
+    h, w = (brought(blur_matrix, (n, float(sigma)), patch_scores.device) for n in patch_scores.shape[1:])
     return h @ patch_scores @ w.T
 
 @register_patch_score('smoothed')
@@ -296,23 +297,33 @@ class Scorer:
     ):
         "Remember the memory bank."
         check_memory(memory_bank, check_rule(self.rule, len(memory_bank)))
-        self.memory_bank_ = memory_bank
         with limit_threads(self.num_threads):
-            self.search_ = SEARCHES.find(self.search)().fit(memory_bank)
-            exact = self.search_ if self.search == 'exact' else None
+            search = SEARCHES.find(self.search)().fit(memory_bank)
+            exact = search if self.search == 'exact' else None
             if spread is None: spread = measure_bank(self.rule, memory_bank, exact)
-        self.spread_ = None if spread is None else spread.to(memory_bank.device)
+        if spread is not None: spread = spread.to(memory_bank.device)
+        self.neighbours_ = Neighbours(memory_bank, search, spread) # at once, for whoever is asking
         return self
+
+    memory_bank_ = property(lambda o: o.neighbours_.memory_bank)
+    search_ = property(lambda o: o.neighbours_.search)
+    spread_ = property(lambda o: o.neighbours_.spread)
 
     @full_precision()
     def __call__(self,
         patches:Tensor, # (B, h, w, D), on any device
     )->Scores: # on the device of the memory bank
         "Score a batch of images."
-        queries = rearrange(patches, 'b h w d -> (b h w) d').to(self.memory_bank_.device)
+        return or_here(lambda o: self._ask(patches, o), self.memory_bank_.device, 'the search')
+
+    def _ask(self, patches:Tensor, device:torch.device)->Scores:
+        "Score a batch, on the CPU from now on where that is asked for."
+        home = device.type == 'cpu' and self.memory_bank_.device != device
+        if home: self.fit(self.memory_bank_.to(device), self.spread_)
+        memory = self.neighbours_
+        queries = rearrange(patches, 'b h w d -> (b h w) d').to(memory.memory_bank.device)
         if not queries.isfinite().all(): raise DataError('patch embeddings hold NaN or infinity: check the weights and the images')
-        with limit_threads(self.num_threads): dists, idxs = self.search_(queries, self.rule.k)
-        memory = Neighbours(self.memory_bank_, self.search_, self.spread_)
+        with limit_threads(self.num_threads): dists, idxs = memory.search(queries, self.rule.k)
         return score(dists, idxs, queries, patches.shape[:3], self.rule, memory)
 
 # %% ../nbs/05_scorer.ipynb #b1abf3d0

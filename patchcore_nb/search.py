@@ -289,6 +289,7 @@ def __call__(self:Exact,
 _all_ = ['naive_neighbours', 'nearest_neighbours', 'at_once', 'pair_dists', 'topk_per_query', 'check_k',
          'merge_neighbours', 'SLACK', 'register_search', 'ByProduct', 'Codes', 'encode', 'int8_works',
          'GROUP', 'whole_product', 'Target', 'make_target', 'least_value', 'search_block', 'open_groups'] # of the notebooks before
-_MOVED = 'others', 'measure_recall', 'guess_length', 'Fast', 'Half', 'Eight', 'IVFPQ' # to the one after
+_MOVED = 'others', 'measure_recall', 'guess_length', 'Fast', 'Half', 'Eight' # to the one after
 __getattr__ = renamed(__name__, smallest='nearest.topk_per_query', look='quantised.search_block',
-                      SEARCHES='names.SEARCHES', **{o: f'approximate.{o}' for o in _MOVED})
+                      SEARCHES='names.SEARCHES', IVFPQ='faiss_search.IVFPQ',
+                      **{o: f'approximate.{o}' for o in _MOVED})

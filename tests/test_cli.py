@@ -209,11 +209,20 @@ def test_approximate_searches_say_how_well_they_do(call, tmp_path, search):
     assert values['params']['search'] == search and 0 < table.loc['mvtec_tile', 'search_recall'] <= 1
 
 
+def test_the_references_own_index_finds_the_same(call, tmp_path):
+    pytest.importorskip('faiss')
+    found = []
+    for o in ('exact', 'faiss'):
+        code, _, out = call(f'--log_group {o}', core=f'{CORE} --search {o}')
+        assert code == 0 and 'search:' not in out # there is no recall to tell
+        found.append(pd.read_csv(next((tmp_path/'results').rglob(f'{o}/results.csv'))))
+    assert found[0].equals(found[1])
+
 def test_ivfpq_is_refused_before_any_image_is_read(call, monkeypatch):
     pytest.importorskip('faiss')
     refused(call(core=f'{CORE} --search ivfpq', sampler='-p 0.01 approx_greedy_coreset'), 2, 'at least 256 patches')
     monkeypatch.setitem(sys.modules, 'faiss', None)
-    refused(call(core=f'{CORE} --search ivfpq'), 2, 'pip install faiss-cpu')
+    for o in ('ivfpq', 'faiss'): refused(call(core=f'{CORE} --search {o}'), 2, f"search {o} needs faiss, which is not installed: pip install 'patchcore_nb[faiss]'")
 
 
 def test_the_exact_search_has_nothing_to_say(call, tmp_path):

@@ -462,7 +462,7 @@ def by_faiss(tmp_path, monkeypatch):
 
 def test_a_search_that_cannot_be_used_here_offers_the_exact_one(by_faiss):
     m, folder = by_faiss
-    said = refused(load, folder, says="which cannot be used here: pip install faiss-cpu, or pass search='exact'")
+    said = refused(load, folder, says="which cannot be used here: pip install 'patchcore_nb[faiss]', or pass search='exact'")
     assert str(folder) in said and 'fit it again' not in said
     with pytest.warns(UserWarning, match='with exact scores are a little different'): again = load(folder, search='exact')
     assert again.search == 'exact' and again.threshold_ == m.threshold_ and torch.equal(scores(again), scores(m))
@@ -471,7 +471,7 @@ def test_a_search_that_cannot_be_used_here_offers_the_exact_one(by_faiss):
 def test_the_command_line_offers_it_too(by_faiss, tmp_path, capsys):
     folder = by_faiss[1]
     Image.fromarray(IMAGES[0]).save(tmp_path/'a.png')
-    for more, status, words in (('', 1, 'pip install faiss-cpu, or pass --search exact'), ('--search exact', 0, 'with exact scores are a little different')):
+    for more, status, words in (('', 1, "pip install 'patchcore_nb[faiss]', or pass --search exact"), ('--search exact', 0, 'with exact scores are a little different')):
         with pytest.raises(SystemExit) as e: predict_main(f'{folder} {tmp_path}/a.png -o {tmp_path}/out --gpu -1 {more}'.split())
         assert e.value.code == status and words in capsys.readouterr().err
 

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from patchcore_nb import anchors, approximate, samplers, search
+from patchcore_nb import anchors, samplers, search
 from patchcore_nb.approximate import Fast
 from patchcore_nb.auc import auroc, tied
 from patchcore_nb.core import DataError, generator, limit_threads
@@ -217,9 +217,9 @@ def test_all_tiles_know_enough_rows_for_k(monkeypatch):
 def test_ivfpq_tells_the_recall_that_it_has():
     pytest.importorskip('faiss')
     x, q = (torch.randn(n, 64, generator=generator(s)) for n, s in ((8000, 0), (1000, 1)))
-    way, right = approximate.IVFPQ().fit(x), Exact().fit(x)(q)[1]
+    way, right = SEARCHES['ivfpq']().fit(x), Exact().fit(x)(q)[1]
     assert abs(way.recall_-float((way(q)[1] == right).float().mean())) < .1
-    repeated = approximate.IVFPQ().fit(torch.randn(3, 64, generator=generator(2)).repeat(500, 1)) # most lists are empty
+    repeated = SEARCHES['ivfpq']().fit(torch.randn(3, 64, generator=generator(2)).repeat(500, 1)) # most lists are empty
     assert repeated(q, 1)[1].min() >= 0 and repeated(q, 7)[1].min() >= 0
 
 def test_a_bank_of_one_has_a_recall(): assert SEARCHES['fp16']().fit(torch.ones(1, 8)).recall_ == 1

@@ -123,9 +123,9 @@ def test_twins_are_neighbours():
     s = Scorer(patch_score='relative').fit(bank)(torch.tensor([[[[0., 0, 2]]]])).image_scores.item()
     assert s == pytest.approx(2) # c = 1
 
-@pytest.mark.parametrize('search', ['fast', 'fp16', 'int8', 'ivfpq'])
+@pytest.mark.parametrize('search', ['fast', 'fp16', 'int8', 'faiss', 'ivfpq'])
 def test_approximate_searches_measure_exactly(search):
-    if search == 'ivfpq': pytest.importorskip('faiss')
+    if search in ('faiss', 'ivfpq'): pytest.importorskip('faiss')
     bank, patches = some('squared', 3000, 64)
     exact, other = (Scorer(patch_score='relative', search=o).fit(bank) for o in ('exact', search))
     assert torch.equal(exact.spread_, other.spread_) and other(patches).image_scores.isfinite().all()
