@@ -19,10 +19,12 @@ from .names import BANKS, EXPORTS
 # %% ../nbs/12d_exported.ipynb #1ffbdcbd
 def run_of(
     model:Path, # folder of a saved model
-)->Path|None: # folder of a run; None: it does not lie in one
-    "Find the run that has saved a model."
-    folder = Path(model).resolve().parent
-    return folder.parent if folder.name == 'models' else None
+)->tuple[Path,str]|None: # folder of a run, and the category's key; None: it does not lie in one
+    "Find the run that has saved a model, and what for."
+    place = Path(model).resolve()
+    for o in place.parents: # a key may have several parts
+        if o.name == 'models' and (o.parent/'inputs.csv').is_file(): return o.parent, place.relative_to(o).as_posix()
+    return None
 
 def fitted_images(
     folder:Path, # of a saved model
@@ -32,12 +34,11 @@ def fitted_images(
     "Find images that a model was fitted on, where their files still lie."
     from patchcore_nb.cache import digest_image
     from patchcore_nb.resume import read_inputs
-    run = run_of(folder)
-    if run is None: return []
-    known, found = set(model.members[0].digests_ or ()), []
-    for o in read_inputs(run, Path(folder).resolve().name):
+    run, found = run_of(folder), []
+    known = set(model.members[0].digests_ or ())
+    for o in map(Path, read_inputs(*run)) if run else ():
         if len(found) == most: break
-        if Path(o).is_file() and digest_image(o) in known: found.append(Path(o))
+        if o.is_file() and digest_image(o) in known: found.append(o)
     return found
 
 # %% ../nbs/12d_exported.ipynb #62b3c2ba

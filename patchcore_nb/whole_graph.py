@@ -182,6 +182,7 @@ def verdict_of(
     if threshold is None: return torch.full_like(scores, -1).to(torch.int32)
     return (scores > threshold).to(torch.int32)
 
+# %% ../nbs/07k_whole_graph.ipynb #08c70587
 class WholeGraph(nn.Module):
     "A fitted model as a function from pixels to what it says of them."
     def __init__(self,
