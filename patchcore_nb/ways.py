@@ -19,7 +19,7 @@ from torch import Tensor
 from .core import *
 from .names import EXPORTS
 from .onnx_engine import hushed
-from .whole_graph import OUTPUTS, WholeGraph
+from .whole_graph import WholeGraph
 
 # %% ../nbs/08a_ways.ipynb #33151304
 class Way(NamedTuple):
@@ -151,7 +151,7 @@ print('threshold', said['threshold'])
 print('image,score,p_value,verdict')
 images = np.load(sys.argv[1], mmap_mode='r') # (images, height, width, 3)
 for i in range(len(images)):
-    score, map_, p_value, verdict = run(np.ascontiguousarray(images[i:i+1]))
+    score, map_, p_value, verdict = run(np.array(images[i:i+1]))
     print(f'{{i}},{{score[0]:.9g}},{{p_value[0]:.6g}},{{verdict[0]}}')
 '''
 _LIBRARY = dict(onnx='import onnxruntime as ort', openvino='import openvino as ov', torch='import torch')
