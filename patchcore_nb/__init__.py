@@ -32,6 +32,7 @@ _WHERE = {
     'ensemble': 'Ensemble',
     'presets': 'preset',
     'store': 'load save',
+    'exporting': 'export',
     'judging': 'Trial judge',
     'experiment': 'run',
     'sweeping': 'sweep',

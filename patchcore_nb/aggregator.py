@@ -165,7 +165,7 @@ def _zeros(maps:Tensor, dim:int, grid:tuple[int,int])->Tensor: # (B, D, h, w)
     "Make an empty embedding, laid out in memory as the maps are."
     last = maps.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last else torch.contiguous_format
-    shape = len(maps), dim, *grid
+    shape = maps.shape[0], dim, *grid
     return torch.empty(shape, device=maps.device, memory_format=layout).zero_()
 
 def _upsample(x:Tensor, grid:tuple[int,int])->Tensor:

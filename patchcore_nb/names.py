@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'PATCH_SCORES', 'DISTANCES', 'SEARCHES', 'DATASETS', 'BACKBONES', 'ENGINES', 'KNOWN', 'MASK_THRESHOLDS',
-           'BATCHNORMS', 'MEAN_STDS', 'ON_ERROR', 'MAPS', 'FORMATS', 'PRESETS', 'Known', 'known_of']
+           'BATCHNORMS', 'MEAN_STDS', 'ON_ERROR', 'MAPS', 'FORMATS', 'EXPORTS', 'BANKS', 'PRESETS', 'Known', 'known_of']
 
 # %% ../nbs/00_names.ipynb #d402f8bf
 from typing import NamedTuple
@@ -108,6 +108,8 @@ MEAN_STDS = 'imagenet', 'weights' # by which images are normalised
 ON_ERROR = 'stop', 'skip' # at an image that cannot be read
 MAPS = 'png', 'tiff', 'both', 'none' # files of a map: overlay, values
 FORMATS = 'csv', 'json', 'both' # of scores
+EXPORTS = 'onnx', 'openvino', 'torch' # ways in which a model leaves this package
+BANKS = 'float32', 'float16', 'int8' # how an exported memory bank is kept
 
 # %% ../nbs/00_names.ipynb #726578f4
 _COMMON = dict(

@@ -249,7 +249,7 @@ def strangest(
 )->Tensor: # (B,) int64, rows of (B*h*w)
     "Find the patch with the highest score of each image."
     n = patch_scores[0].numel()
-    return patch_scores.flatten(1).argmax(1)+torch.arange(len(patch_scores), device=patch_scores.device)*n
+    return patch_scores.flatten(1).argmax(1)+torch.arange(patch_scores.shape[0], device=patch_scores.device)*n
 
 @register_patch_score('reweighted', memory=True, least=2)
 def reweighted(

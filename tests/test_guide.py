@@ -9,12 +9,13 @@ import pytest
 
 from patchcore_nb.cli import cli
 from patchcore_nb.compared import compare_cli
+from patchcore_nb.exported import export_cli
 from patchcore_nb.saved import evaluate_cli, predict_cli
 
 NBS = Path(__file__).resolve().parents[1]/'nbs'
 LANGUAGES = {'en': 'guide.ipynb', 'zh': 'guide_zh.ipynb'}
 # What each section of the guide is about, in order
-SECTIONS = {'run': cli, **{o: cli.commands[o] for o in ('patch_core', 'sampler', 'dataset', 'patch_core_loader')}, 'evaluate': evaluate_cli, 'predict': predict_cli, 'compare': compare_cli}
+SECTIONS = {'run': cli, **{o: cli.commands[o] for o in ('patch_core', 'sampler', 'dataset', 'patch_core_loader')}, 'evaluate': evaluate_cli, 'predict': predict_cli, 'compare': compare_cli, 'export': export_cli}
 
 each_language = pytest.mark.parametrize('lang', LANGUAGES)
 
