@@ -23,7 +23,8 @@ def run_of(
     "Find the run that has saved a model, and what for."
     place = Path(model).resolve()
     for o in place.parents: # a key may have several parts
-        if o.name == 'models' and (o.parent/'inputs.csv').is_file(): return o.parent, place.relative_to(o).as_posix()
+        found = o.name == 'models' and (o.parent/'inputs.csv').is_file()
+        if found: return o.parent, place.relative_to(o).as_posix()
     return None
 
 def fitted_images(

@@ -142,7 +142,8 @@ def naive_stages(
     patches = embedder.forward(seen)
     found = part.scorer(patches)
     maps = embedder.maps(found.patch_scores, part.recipe.smoothing)
-    return Stages([*embedder.extractor_(seen).values()], patches, found.patch_scores, found.image_scores, maps)
+    layers = list(embedder.extractor_(seen).values())
+    return Stages(layers, patches, found.patch_scores, found.image_scores, maps)
 
 # %% ../nbs/07k_whole_graph.ipynb #e27fdd5d
 def parts_of(
