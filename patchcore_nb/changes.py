@@ -217,7 +217,7 @@ def look_back(
     parts = zip(torch.tensor(numbers).split(embedder.how.batch_size), batches)
     found = [judge_left_out(fitted.bank, fitted.scorer, some, patches.flatten(1, 2).cpu(), embedder.grid_)
              for some, patches in parts]
-    return LeftOut(*map(torch.cat, zip(*found)))
+    return LeftOut(*(torch.cat(o) for o in zip(*found) if o[0] is not None))
 
 @by_own_threads
 def with_left_out(

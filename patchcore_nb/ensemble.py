@@ -314,7 +314,7 @@ def fit(self:Ensemble,
     if is_loader(images): images = as_items(images) # which may be read but once
     if len(plans) != len(self): raise ArgumentError(f'plan must hold one plan a member, {len(self)}, got {len(plans)}: pass what plan returns')
     new = self.fresh().check(good_items(images, y))
-    for o, p in zip(new.members, plans): o.fit(images, y, p)
+    for o, p in zip(new.members, plans): o.fit(images, y, p, whole=True) # joint maps need every patch
     new.adopt(joint_calibration(new.fitted_))
     with changing(self):
         for o, part in zip(self.members, new.fitted_.parts): o.adopt(part)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'check_share', 'check_recipe', 'Split', 'check_search', 'check_kept', 'split_images', 'memory_load',
-           'plan_for', 'counts_maps', 'without_strangest', 'pick_bank', 'Learned', 'learn', 'announce_plan', 'Fitted',
-           'make_scorer', 'with_spread', 'judge_left', 'judge_held', 'find_calibration', 'judge_without', 'fit_parts']
+           'plan_for', 'counts_maps', 'without_strangest', 'pick_bank', 'in_all', 'Learned', 'learn', 'announce_plan',
+           'Fitted', 'make_scorer', 'with_spread', 'judge_left', 'judge_held', 'find_calibration', 'judge_without',
+           'fit_parts']
 
 # %% ../nbs/07e_fitting.ipynb #3ec2a901
 import math
@@ -23,11 +24,12 @@ from .core import *
 from .data import TURNS, check_split, hold_out
 from .embedder import Embedder, with_turns
 from .embedding import by_own_threads, check_count
-from .left_out import LeftOut, leave_out, strangeness, take_rows
+from patchcore_nb.left_out import (LeftOut, leave_out, leave_out_strangest, strangeness, strangest_will_do,
+    take_rows)
 from .memory_bank import MemoryBank, digest_images, make_bank
 from .names import SEARCHES
 from .prediction import score_images
-from .samplers import coreset, coreset_size
+from .samplers import Coreset, coreset, coreset_size
 from .scorer import Rule, Scorer, check_rule, measures
 from .suspects import cleaned, stored_of_others
 from .thresholds import Calibration, calibrate
@@ -171,16 +173,27 @@ def pick_bank(
     recipe:Recipe,
     digests:tuple[str|None,...], # of the training images
     plan:Plan|None=None, # where copies of many rows go
-)->MemoryBank:
+)->tuple[MemoryBank,Tensor|None]: # what is remembered; (N,) int32 of each patch a row of it that is near, -1: not known; None: of none
     "Pick what is remembered."
     kept = without_strangest(rows, embedder, recipe) if recipe.denoise else None
     clean = rows if kept is None else take_rows(rows, kept, plan)
     seed, show = embedder.what.own_seed, embedder.how.show
     def pick(device): return coreset(clean.to(device), recipe.ratio, recipe.sampler, seed, show)
     core = or_here(pick, clean.device, 'the coreset')
-    if kept is not None: core = replace(core, idxs=kept[core.idxs])
+    if kept is not None: core = in_all(core, kept, len(rows))
     grid, on_disk = embedder.grid_, plan is not None and plan.where == 'file'
-    return make_bank(rows, core, grid, digests, recipe.views, len(clean), recipe.ratio, copy=on_disk)
+    bank = make_bank(rows, core, grid, digests, recipe.views, len(clean), recipe.ratio, copy=on_disk)
+    return bank, core.guess
+
+def in_all(
+    core:Coreset,
+    kept:Tensor, # (n,) int64 rows among which was picked
+    n:int,       # N, all rows
+)->Coreset: # of all rows
+    "Number picks as all rows are."
+    guess = torch.full((n,), -1, dtype=torch.int32)
+    guess[kept] = core.guess
+    return replace(core, idxs=kept[core.idxs], guess=guess)
 
 # %% ../nbs/07e_fitting.ipynb #51d44963
 class Learned(NamedTuple):
@@ -189,6 +202,7 @@ class Learned(NamedTuple):
     bank:MemoryBank
     rows:Tensor       # (N, D) all patches
     held:list         # images that were held out
+    guess:Tensor|None=None # (N,) int32 of each patch a row of the memory bank that is near; -1: not known
 
 @by_own_threads
 def learn(
@@ -208,9 +222,9 @@ def learn(
     with stage(stages, 'embed'): rows = embedder.rows(with_turns(kept, recipe.augment), plan)
     release()
     digests = digest_images(items, split.keep, embedder.how.num_workers)
-    with stage(stages, 'coreset'): bank = pick_bank(rows, embedder, recipe, digests, plan)
+    with stage(stages, 'coreset'): bank, guess = pick_bank(rows, embedder, recipe, digests, plan)
     release()
-    return Learned(embedder, bank, rows, [items[i] for i in split.held])
+    return Learned(embedder, bank, rows, [items[i] for i in split.held], guess)
 
 def announce_plan(
     embedder:Embedder,
@@ -266,6 +280,7 @@ def judge_left(
     left_out:LeftOut,
 )->tuple[Tensor,Tensor]: # (B,) image scores; (B,) highest value of each map
     "Find the scores of the images that were left out, and the tops of their maps."
+    if left_out.map_tops is not None: return left_out.image_scores, left_out.map_tops
     maps = (embedder.maps(o, recipe.smoothing) for o in left_out.patch_scores.split(32))
     return left_out.image_scores, torch.cat([o.amax((1, 2)) for o in maps])
 
@@ -297,11 +312,14 @@ def judge_without(
     learned:Learned,
     recipe:Recipe,
     scorer:Scorer,
+    whole:bool=False, # look at every patch, where the strangest would do?
 )->LeftOut|None: # None: too little is stored of other images
     "Judge the training images, each without itself."
-    bank, grid = learned.bank, learned.embedder.grid_
+    bank, grid, guess = learned.bank, learned.embedder.grid_, learned.guess
     if stored_of_others(bank.origin[:, 0]) < recipe.rule.k: return None
-    return leave_out(bank, scorer, learned.rows.split(recipe.views*math.prod(grid)), grid)
+    images = learned.rows.split(recipe.views*math.prod(grid))
+    if whole or guess is None or not strangest_will_do(scorer): return leave_out(bank, scorer, images, grid)
+    return leave_out_strangest(bank, scorer, images, grid, guess, learned.embedder.drawing(recipe.smoothing))
 
 @usual_torch()
 @by_own_threads
@@ -311,6 +329,7 @@ def fit_parts(
     items:Sequence,    # good images
     aside:Sequence=(), # further ones that set the threshold alone
     plan:Plan|None=None, # where the patches go; None: made now
+    whole:bool=False,  # judge every patch of images that are left out, not the strangest alone?
 )->Fitted:
     "Work out all that a fitted model knows."
     stages = []
@@ -321,7 +340,7 @@ def fit_parts(
     release()
     left_out, learned = None, learned._replace(bank=bank)
     if recipe.false_alarms and not held:
-        with stage(stages, 'leave out'): left_out = judge_without(learned, recipe, scorer)
+        with stage(stages, 'leave out'): left_out = judge_without(learned, recipe, scorer, whole)
     del learned # and with it all patches
     release()
     calibration = None

@@ -131,7 +131,7 @@ def judge_order(
         if seen is None or differences(seen.embedder.identified, own.identified):
             seen = None # before there are two
             seen = see(own, recipe, every if own is embedder else kept, category, plan)
-        bank = pick_bank(rows_of(seen, kept, plan), own, recipe, ('',)*n, plan)
+        bank, _ = pick_bank(rows_of(seen, kept, plan), own, recipe, ('',)*n, plan)
         scorer = make_scorer(recipe, bank, own)
         found = judge_seen(seen, scorer, recipe.smoothing, labels, masks)
         rows.append(dict(n_images=n, n_patches=len(bank)) | found)

@@ -248,12 +248,13 @@ def fit(self:PatchCore,
     images, # good images: whatever `as_items` takes
     y=None, # (n,) labels, 1 = defective: these are left out; None: all are good
     plan:Plan|None=None, # where the patches go, as `plan` returns it; default: made now
+    whole:bool=False, # keep every patch score in `left_out_`?
 )->PatchCore: # itself
     "Remember what good patches look like."
     with changing(self):
         items = good_items(images, y)
         embedder = self.check(items)._checked
-        self._fitted = fit_parts(embedder, self.recipe, items, aside_of(images), plan)
+        self._fitted = fit_parts(embedder, self.recipe, items, aside_of(images), plan, whole)
         self.__dict__.pop('_pace', None) # which is that of the user's own images
     return self
 

@@ -162,6 +162,7 @@ class Coreset:
     anchor_dists:Tensor # (M,) anchor distance of each pick, in the space where it was picked; NaN where the sampler has none
     sizes:list[int]     # sizes of nested coresets, the last is M
     radii:list[float]   # true cover radius at each of `sizes`, in the full space
+    guess:Tensor|None=None # (N,) int32 of each row a pick that is near, as a position in `idxs`; -1: none known
 
 # %% ../nbs/04_samplers.ipynb #bace30a8
 def check_sampled(
@@ -202,4 +203,4 @@ def coreset(
     found = SAMPLERS[sampler](rows, sizes, seed, show)
     found = check_sampled(found, sampler, len(rows), sizes)
     radii = [0.] if n == len(rows) else cover_radii(rows, found.idxs, sizes, found.guesses)
-    return Coreset(found.idxs, found.anchor_dists, sizes, radii)
+    return Coreset(found.idxs, found.anchor_dists, sizes, radii, found.guesses[-1].cpu())

@@ -37,7 +37,7 @@ def test_scripts_run(name, tmp_path):
     assert found['quick'] and found['what'] in out.stdout and found['machine']['torch'] in torch.__version__
     check_rows(found['rows'])
 
-def test_there_is_something_to_run(): assert {'coreset', 'search', 'embedding', 'pipeline', 'growth', 'memory', 'sweep', 'pictures', 'evaluation', 'scores', 'relative', 'contamination', 'busy', 'backbones'} == set(QUICK)
+def test_there_is_something_to_run(): assert {'coreset', 'search', 'embedding', 'pipeline', 'growth', 'memory', 'sweep', 'pictures', 'evaluation', 'scores', 'relative', 'contamination', 'busy', 'backbones', 'learning', 'engines'} == set(QUICK)
 
 
 @pytest.mark.parametrize('name', sorted(SCRIPTS))

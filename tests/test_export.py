@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import cache
 from importlib.util import find_spec
 
 import numpy as np
@@ -37,6 +38,15 @@ def small(backbone='resnet18', **kw): return PatchCore(backbone, **SMALL | kw)
 @pytest.fixture(scope='module')
 def fitted(): return small().fit(IMAGES)
 
+@pytest.fixture(scope='module')
+def exported(fitted, tmp_path_factory):
+    "The folder and the proof of a way, converted once; tests that change nothing in it share it."
+    @cache
+    def of(to):
+        folder = tmp_path_factory.mktemp(to)/'out'
+        return folder, export(fitted, folder, to, images=IMAGES[:4])
+    return of
+
 def compared(model, folder, to, bar=1e-4):
     "Hold what the files say against the model, image by image; the scores, p-values and verdicts."
     images = in_two(model, [*IMAGES[:5], np.full((80, 64, 3), 255, np.uint8)])
@@ -61,40 +71,38 @@ def answers(folder, pixels, barred=('torch', 'patchcore_nb')):
 # The same answers
 
 @each_way
-def test_all_ways_give_the_models_answers(fitted, tmp_path, to):
-    proof = export(fitted, tmp_path/'out', to, images=IMAGES[:4])
+def test_all_ways_give_the_models_answers(fitted, exported, to):
+    folder, proof = exported(to)
     assert proof.holds and proof.scores < 1e-5 and proof.images == 8
-    found = compared(fitted, tmp_path/'out', to)
+    found = compared(fitted, folder, to)
     assert set(found[3].tolist()) == {0, 1} # verdicts of both kinds
-    said = json.loads((tmp_path/'out'/'export.json').read_text(encoding='utf-8'))
+    said = json.loads((folder/'export.json').read_text(encoding='utf-8'))
     assert said['threshold'] == fitted.threshold_ and said['map_threshold'] == fitted.calibration_.map_threshold
     assert said['images']['shape'] == ['any', 64, 64, 3] and said['images']['resize'] == 72 and said['proof']['scores'] == proof.scores
-    assert {*said['files'], 'export.json'} == {o.name for o in (tmp_path/'out').iterdir()} == {*WAYS[to].files, 'run.py', 'export.json'}
+    assert {*said['files'], 'export.json'} == {o.name for o in folder.iterdir()} == {*WAYS[to].files, 'run.py', 'export.json'}
     assert said['settings'] == (dict(INFERENCE_PRECISION_HINT='f32') if to == 'openvino' else {})
 
 @each_way
-def test_the_program_beside_it_needs_neither_torch_nor_this_package(fitted, tmp_path, to):
-    export(fitted, tmp_path/'out', to, images=IMAGES[:2])
-    lines = (tmp_path/'out'/'run.py').read_text(encoding='utf-8').splitlines()
+def test_the_program_beside_it_needs_neither_torch_nor_this_package(fitted, exported, to):
+    folder, _ = exported(to)
+    lines = (folder/'run.py').read_text(encoding='utf-8').splitlines()
     assert len(lines) <= 30 and 'patchcore_nb' not in '\n'.join(lines)
     images = in_two(fitted, list(IMAGES[:3]))
-    found = answers(tmp_path/'out', as_pixels(fitted, images), ('patchcore_nb',) if to == 'torch' else ('torch', 'patchcore_nb'))
+    found = answers(folder, as_pixels(fitted, images), ('patchcore_nb',) if to == 'torch' else ('torch', 'patchcore_nb'))
     scores, _, chances, verdicts = said_by(fitted, images)
     np.testing.assert_allclose(found[:, 0], scores, rtol=1e-4)
     np.testing.assert_allclose(found[:, 1], chances, rtol=1e-5)
     np.testing.assert_array_equal(found[:, 2], verdicts)
 
 @onnx
-def test_weights_and_memory_lie_outside_of_the_onnx_graph(fitted, tmp_path):
-    export(fitted, tmp_path/'out', images=IMAGES[:2])
-    files = {o.name: o.stat().st_size for o in (tmp_path/'out').iterdir()}
+def test_weights_and_memory_lie_outside_of_the_onnx_graph(fitted, exported):
+    files = {o.name: o.stat().st_size for o in exported('onnx')[0].iterdir()}
     needed = sum(o.numel()*4 for k, o in fitted.embedder_.backbone.state_dict().items() if not k.startswith(('layer4', 'fc')))
     assert files['model.onnx.data'] > needed*.9 and files['model.onnx'] < 5e5
     assert files['model.onnx.data'] < needed*1.1+1e5 # and not what lies behind the last layer
 
-def test_a_torch_program_leaves_out_what_it_does_not_need(fitted, tmp_path):
-    export(fitted, tmp_path/'out', 'torch', images=IMAGES[:2])
-    assert (tmp_path/'out'/'model.pt2').stat().st_size < 15e6 # with layer4 it would be 47
+def test_a_torch_program_leaves_out_what_it_does_not_need(exported):
+    assert (exported('torch')[0]/'model.pt2').stat().st_size < 15e6 # with layer4 it would be 47
 
 @pytest.mark.parametrize('to', WAY[1:])
 def test_ensembles_are_exported(tmp_path, to):
@@ -108,10 +116,16 @@ def test_a_backbone_without_weights_is_exported(tmp_path):
     export(model, tmp_path/'out', images=IMAGES[:2])
     compared(model, tmp_path/'out', 'onnx')
 
-@register_patch_score('second highest')
-def second(patch_scores): return patch_scores.flatten(1).topk(2)[0][:, 1]
+@pytest.fixture
+def second_highest():
+    "A patch score of the user's own, for the length of a test."
+    @register_patch_score('second highest')
+    def second(patch_scores): return patch_scores.flatten(1).topk(2)[0][:, 1]
+    yield
+    del PATCH_SCORES['second highest']
 
-@pytest.mark.parametrize('patch_score', PATCH_SCORES)
+@pytest.mark.usefixtures('second_highest')
+@pytest.mark.parametrize('patch_score', [*PATCH_SCORES, 'second highest'])
 @pytest.mark.parametrize('kw', [{}, dict(k=3, distance='cosine')], ids=['k=1', 'k=3, cosine'])
 def test_the_graph_knows_every_patch_score(patch_score, kw):
     model = small(patch_score=patch_score, **kw).fit(IMAGES[:6])
