@@ -13,7 +13,7 @@ help:
 demo: $(VENV)/installed
 	$(BIN)/patchcore_nb_run --gpu -1 --seed 0 --save_patchcore_model --save_segmentation_images --log_project demo --log_group filterbank demo_results patch_core -b filterbank -le layer2 -le layer3 sampler -p 0.1 approx_greedy_coreset dataset -d denim -d sieve -d cog demo demo_data
 
-## make test    pip install -e '.[dev]'  then python tools/check_clean.py; ruff check; nbdev_test; nbdev_test --flags tutorial --path nbs/tutorials; python tools/pages.py; pytest -n logical --maxprocesses 4 --dist loadfile tests
+## make test    pip install -e '.[dev]'  then python tools/check_clean.py; ruff check; nbdev_test; nbdev_test --flags tutorial --path nbs/tutorials; python tools/pages.py; pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder tests
 # Notebooks and files of tests run side by side, one a core; were each to take all cores besides, they would be three times as slow.
 test: $(VENV)/installed-dev
 	$(BIN)/python tools/check_clean.py
@@ -21,7 +21,7 @@ test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --flags tutorial --path nbs/tutorials
 	$(BIN)/python tools/pages.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder tests
 
 ## make quick   pip install -e '.[dev]'  then python tools/check_clean.py; ruff check; python tools/changed.py (the notebooks that differ from main); pytest of a few tests: three minutes
 QUICK := $(addprefix tests/test_,house.py numerics.py guide.py)

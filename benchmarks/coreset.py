@@ -106,7 +106,8 @@ def main():
     name, bank, _ = real_patches(args.quick)
     n, bank = len(bank), project(bank)
     if args.quick: n, bank = 3000, bank[:3000].clone()
-    banks = {name: bank, 'isotropic': isotropic(n, 128), 'clusters': clusters(n, 128)}
+    banks = {name: bank}
+    if not args.quick: banks |= {'isotropic': isotropic(n, 128), 'clusters': clusters(n, 128)}
     rows = [row for device in DEVICES for name, bank in banks.items() for row in compare(name, bank.to(device), args.quick)]
     report(args, __file__, f'{n//10:,} picks of {n:,} rows of 128 values; the floor is one matrix product of that size; memory on top of the input, as a part of it', rows)
 

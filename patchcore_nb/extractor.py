@@ -49,7 +49,7 @@ class _Enough(Exception):
 class _Pass:
     "One forward pass: the modules that it waits for, and what they have yielded so far."
     def __init__(self, modules:Sequence[nn.Module], stop:bool):
-        self.waits = frozenset(modules)
+        self.waits = {id(vars(o)): o for o in modules} # a tracer's stand-in for a module has the module's attributes
         self.stop = stop
         self.seen = {}
 
@@ -58,8 +58,9 @@ _PASS = ContextVar('pass', default=None) # the one under way in this thread
 def _hand_over(module:nn.Module, args:tuple, out):
     "Give a module's output to the forward pass that is under way in this thread, if it waits for it."
     current = _PASS.get()
-    if current is None or module not in current.waits: return
-    current.seen[module] = out
+    mine = current and current.waits.get(id(vars(module)))
+    if mine is None: return
+    current.seen[mine] = out
     if current.stop and len(current.seen) == len(current.waits): raise _Enough
 
 _hand_over.only_looks = True # a network with it is the same network

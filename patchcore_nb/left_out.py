@@ -20,8 +20,8 @@ from .core import *
 from .memory_bank import MemoryBank
 from .samplers import coreset
 from .names import DISTANCES, PATCH_SCORES
-from patchcore_nb.scorer import (Neighbours, Rule, Scorer, cosine, euclidean, highest, limit_threads, needs_memory,
-    score, squared)
+from .scorer import (Neighbours, Rule, Scorer, cosine, euclidean, highest, limit_threads,
+    needs_memory, score, squared)
 from .search import Exact, nearest_neighbours
 from .strangest import Others, Strangers, cells_behind, find_strangest, find_tops, set_bounds
 from .suspects import leave_one_out
@@ -172,8 +172,8 @@ def table_of_suspects(
     found:LeftOut,
 )->pd.DataFrame: # image (its number), score, row, col (of its strangest patch), the most suspicious first
     "List training images by what the others make of them."
-    columns = dict(image=found.numbers, score=found.image_scores, row=found.places[:, 0], col=found.places[:, 1])
-    table = pd.DataFrame(columns)
+    rows, columns = found.places.T
+    table = pd.DataFrame(dict(image=found.numbers, score=found.image_scores, row=rows, col=columns))
     return table.sort_values('score', ascending=False, kind='stable', ignore_index=True)
 
 # %% ../nbs/07c_left_out.ipynb #61bd470d

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.integrate import trapezoid
@@ -216,14 +217,20 @@ def test_a_plan_is_kept(demo_root, tmp_path):
 def planned(line): return budget.parse_size(line.split('peak about ')[1].split(' of ')[0])
 
 @linux
-def test_bottle(testdata, tmp_path):
-    "The whole set: 1.2 GB where there is room, 600 MB where there is not, and the same results."
-    tail = f'patch_core -b resnet18 -le layer2 -le layer3 --weights_dir {testdata}/weights sampler -p 0.02 approx_greedy_coreset dataset -d bottle mvtec {testdata}/data/mvtec256'.split()
-    for name, flags, most in (('free', [], 1.2e9), ('tight', ['--memory_budget', '600MB'], 600e6)):
-        found = bench.watch(['--gpu', '-1', '--log_group', name, *flags, 'results', *tail], tmp_path)
+def test_the_references_script(testdata, tmp_path, monkeypatch):
+    "Its metrics and its files; 1.2 GB where there is room, 600 MB where there is not, and the same bytes in the next free folder."
+    monkeypatch.setenv('PATCHCORE_NB_WEIGHTS', str(testdata/'weights'))
+    script = f'''--save_patchcore_model --log_group G --log_project P {tmp_path} patch_core -b resnet18 -le layer2 -le layer3
+        --pretrain_embed_dimension 1024 --target_embed_dimension 1024 --anomaly_scorer_num_nn 1 --patchsize 3
+        sampler -p 0.01 approx_greedy_coreset dataset --resize 256 --imagesize 224 -d bottle mvtec {testdata}/data/mvtec256'''.split()
+    for flags, most in (([], 1.2e9), (['--memory_budget', '600MB'], 600e6)):
+        found = bench.watch(['--gpu', '-1', '--seed', '0', *flags, *script], tmp_path)
         assert found['peak'] <= min(most, 1.05*planned(found['plan'])), found # a plan says "about"
-    first, second = ((tmp_path/'results'/'project'/o/'results.csv').read_bytes() for o in ('free', 'tight'))
-    assert first == second
+    first, second = (tmp_path/'P'/o/'results.csv' for o in ('G', 'G_0'))
+    assert first.read_bytes() == second.read_bytes()
+    row = pd.read_csv(first).iloc[0]
+    assert row['Row Names'] == 'mvtec_bottle' and row['instance_auroc'] >= .998 and abs(row['full_pixel_auroc']-.9763) < .002
+    assert sorted(p.name for p in (tmp_path/'P'/'G'/'models'/'mvtec_bottle').iterdir()) == ['model.json', 'model.safetensors', 'nnscorer_search_index.faiss', 'patchcore_params.pkl']
 
 
 # Maps that memory does not hold

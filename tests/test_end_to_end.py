@@ -1,4 +1,4 @@
-"The two promises at full size: the demo finds its defects, and the reference's script gets the reference's metrics."
+"The promise at full size: the demo finds its defects. (Budgets have the reference's script.)"
 import pandas as pd
 import pytest
 
@@ -19,17 +19,3 @@ def test_the_demo_finds_its_defects(demo_root, tmp_path):
     assert list(table.index) == [*(f'demo_{o}' for o in DEMO_CATEGORIES), 'Mean']
     assert table.loc['Mean', 'instance_auroc'] >= .95 and table.loc['Mean', 'full_pixel_auroc'] >= .90
     assert (table['instance_auroc'] < 1).any() # no gift
-
-
-def test_the_references_script(testdata, tmp_path, monkeypatch):
-    "Its metrics, its files, the next free folder, and the same bytes again."
-    monkeypatch.setenv('PATCHCORE_NB_WEIGHTS', str(testdata/'weights'))
-    for _ in range(2):
-        run(tmp_path, '''--seed 0 --save_patchcore_model --log_group G --log_project P RESULTS patch_core -b resnet18 -le layer2 -le layer3
-            --pretrain_embed_dimension 1024 --target_embed_dimension 1024 --anomaly_scorer_num_nn 1 --patchsize 3
-            sampler -p 0.01 approx_greedy_coreset dataset --resize 256 --imagesize 224 -d bottle mvtec''', testdata/'data'/'mvtec256')
-    first, second = (tmp_path/'P'/o/'results.csv' for o in ('G', 'G_0'))
-    assert first.read_bytes() == second.read_bytes()
-    row = pd.read_csv(first).iloc[0]
-    assert row['Row Names'] == 'mvtec_bottle' and row['instance_auroc'] >= .998 and abs(row['full_pixel_auroc']-.9763) < .002
-    assert sorted(p.name for p in (tmp_path/'P'/'G'/'models'/'mvtec_bottle').iterdir()) == ['model.json', 'model.safetensors', 'nnscorer_search_index.faiss', 'patchcore_params.pkl']

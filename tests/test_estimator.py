@@ -1,5 +1,6 @@
 "PatchCore as an estimator: any images, any size, more of them, fewer of them, threads, copies, and what scikit-learn expects."
 import copy
+import dataclasses
 import importlib
 import inspect
 import multiprocessing
@@ -321,10 +322,11 @@ def test_half_and_the_other_half_of_bottle(testdata):
     "As good as all at once, and covered at most half as well."
     from patchcore_nb.evaluation import auroc
     bottle = load_category('mvtec', testdata/'data'/'mvtec256', 'bottle')
+    bottle = dataclasses.replace(bottle, train=bottle.train[::3], test=bottle.test[::2]) # for the sake of time
     labels = [o.label for o in bottle.test]
-    kw = dict(backbone='resnet18', ratio=.01, weights_dir=testdata/'weights', device='cpu')
+    kw = dict(backbone='resnet18', ratio=.02, weights_dir=testdata/'weights', device='cpu')
     whole, parts = PatchCore(**kw).fit(bottle), PatchCore(**kw).fit(bottle.train[::2]).partial_fit(bottle.train[1::2])
-    assert parts.n_images_ == whole.n_images_ == 209
+    assert parts.n_images_ == whole.n_images_ == 70
     assert auroc(parts.predict(bottle.test).image_scores, labels) >= auroc(whole.predict(bottle.test).image_scores, labels)-.005
     assert parts.radii_[-1] <= 2*whole.radii_[-1]
     path = bottle.train[7].path

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from networks import Tiny
 from PIL import Image
 
 from patchcore_nb import proof as proving, ways, whole_graph
@@ -17,7 +18,8 @@ from patchcore_nb.cache import digest_image
 from patchcore_nb.ensemble import Ensemble
 from patchcore_nb.exported import export_main, fitted_images
 from patchcore_nb.exporting import export
-from patchcore_nb.names import BANKS, EXPORTS, PATCH_SCORES
+from patchcore_nb.extractor import register_backbone
+from patchcore_nb.names import BACKBONES, BANKS, EXPORTS, PATCH_SCORES
 from patchcore_nb.patchcore import PatchCore
 from patchcore_nb.proof import as_pixels, in_batches, in_two, said_by
 from patchcore_nb.scorer import register_patch_score
@@ -33,18 +35,27 @@ WAY = [pytest.param(o, marks=pytest.mark.skipif(not THERE[o], reason=f'what {o} 
 each_way = pytest.mark.parametrize('to', WAY)
 onnx = pytest.mark.skipif(not THERE['onnx'], reason='what onnx needs is not installed')
 
-def small(backbone='resnet18', **kw): return PatchCore(backbone, **SMALL | kw)
+def small(backbone='tiny', **kw): return PatchCore(backbone, **SMALL | kw)
+
+@pytest.fixture(scope='module', autouse=True)
+def tiny():
+    register_backbone('tiny')(lambda weights='random', weights_dir=None: Tiny())
+    yield
+    del BACKBONES['tiny']
 
 @pytest.fixture(scope='module')
 def fitted(): return small().fit(IMAGES)
 
 @pytest.fixture(scope='module')
-def exported(fitted, tmp_path_factory):
+def resnet(): return small('resnet18').fit(IMAGES)
+
+@pytest.fixture(scope='module')
+def exported(resnet, tmp_path_factory):
     "The folder and the proof of a way, converted once; tests that change nothing in it share it."
     @cache
     def of(to):
         folder = tmp_path_factory.mktemp(to)/'out'
-        return folder, export(fitted, folder, to, images=IMAGES[:4])
+        return folder, export(resnet, folder, to, images=IMAGES[:4])
     return of
 
 def compared(model, folder, to, bar=1e-4):
@@ -71,33 +82,33 @@ def answers(folder, pixels, barred=('torch', 'patchcore_nb')):
 # The same answers
 
 @each_way
-def test_all_ways_give_the_models_answers(fitted, exported, to):
+def test_all_ways_give_the_models_answers(resnet, exported, to):
     folder, proof = exported(to)
     assert proof.holds and proof.scores < 1e-5 and proof.images == 8
-    found = compared(fitted, folder, to)
+    found = compared(resnet, folder, to)
     assert set(found[3].tolist()) == {0, 1} # verdicts of both kinds
     said = json.loads((folder/'export.json').read_text(encoding='utf-8'))
-    assert said['threshold'] == fitted.threshold_ and said['map_threshold'] == fitted.calibration_.map_threshold
+    assert said['threshold'] == resnet.threshold_ and said['map_threshold'] == resnet.calibration_.map_threshold
     assert said['images']['shape'] == ['any', 64, 64, 3] and said['images']['resize'] == 72 and said['proof']['scores'] == proof.scores
     assert {*said['files'], 'export.json'} == {o.name for o in folder.iterdir()} == {*WAYS[to].files, 'run.py', 'export.json'}
     assert said['settings'] == (dict(INFERENCE_PRECISION_HINT='f32') if to == 'openvino' else {})
 
 @each_way
-def test_the_program_beside_it_needs_neither_torch_nor_this_package(fitted, exported, to):
+def test_the_program_beside_it_needs_neither_torch_nor_this_package(resnet, exported, to):
     folder, _ = exported(to)
     lines = (folder/'run.py').read_text(encoding='utf-8').splitlines()
     assert len(lines) <= 30 and 'patchcore_nb' not in '\n'.join(lines)
-    images = in_two(fitted, list(IMAGES[:3]))
-    found = answers(folder, as_pixels(fitted, images), ('patchcore_nb',) if to == 'torch' else ('torch', 'patchcore_nb'))
-    scores, _, chances, verdicts = said_by(fitted, images)
+    images = in_two(resnet, list(IMAGES[:3]))
+    found = answers(folder, as_pixels(resnet, images), ('patchcore_nb',) if to == 'torch' else ('torch', 'patchcore_nb'))
+    scores, _, chances, verdicts = said_by(resnet, images)
     np.testing.assert_allclose(found[:, 0], scores, rtol=1e-4)
     np.testing.assert_allclose(found[:, 1], chances, rtol=1e-5)
     np.testing.assert_array_equal(found[:, 2], verdicts)
 
 @onnx
-def test_weights_and_memory_lie_outside_of_the_onnx_graph(fitted, exported):
+def test_weights_and_memory_lie_outside_of_the_onnx_graph(resnet, exported):
     files = {o.name: o.stat().st_size for o in exported('onnx')[0].iterdir()}
-    needed = sum(o.numel()*4 for k, o in fitted.embedder_.backbone.state_dict().items() if not k.startswith(('layer4', 'fc')))
+    needed = sum(o.numel()*4 for k, o in resnet.embedder_.backbone.state_dict().items() if not k.startswith(('layer4', 'fc')))
     assert files['model.onnx.data'] > needed*.9 and files['model.onnx'] < 5e5
     assert files['model.onnx.data'] < needed*1.1+1e5 # and not what lies behind the last layer
 
@@ -106,7 +117,7 @@ def test_a_torch_program_leaves_out_what_it_does_not_need(exported):
 
 @pytest.mark.parametrize('to', WAY[1:])
 def test_ensembles_are_exported(tmp_path, to):
-    pair = Ensemble([small(patch_score='relative'), small(layers=('layer1', 'layer2'), distance='cosine', k=2)]).fit(IMAGES)
+    pair = Ensemble([small(patch_score='relative'), small(layers=('layer2',), distance='cosine', k=2)]).fit(IMAGES)
     assert export(pair, tmp_path/'out', to, images=IMAGES[:4]).holds
     compared(pair, tmp_path/'out', to)
 
@@ -128,7 +139,7 @@ def second_highest():
 @pytest.mark.parametrize('patch_score', [*PATCH_SCORES, 'second highest'])
 @pytest.mark.parametrize('kw', [{}, dict(k=3, distance='cosine')], ids=['k=1', 'k=3, cosine'])
 def test_the_graph_knows_every_patch_score(patch_score, kw):
-    model = small(patch_score=patch_score, **kw).fit(IMAGES[:6])
+    model = small('resnet18', patch_score=patch_score, **kw).fit(IMAGES[:6])
     images = in_two(model, list(IMAGES[:3]))
     graph = WholeGraph(model).eval()
     with torch.no_grad(): found = graph(torch.from_numpy(as_pixels(model, images)))
@@ -142,10 +153,10 @@ def test_the_most_demanding_score_goes_all_ways(tmp_path, to):
 
 @each_way
 @pytest.mark.parametrize('bank', BANKS[1:])
-def test_a_memory_bank_of_fewer_bits_is_near_enough(fitted, tmp_path, to, bank):
-    proof = export(fitted, tmp_path/'out', to, bank, images=IMAGES[:4])
+def test_a_memory_bank_of_fewer_bits_is_near_enough(resnet, tmp_path, to, bank):
+    proof = export(resnet, tmp_path/'out', to, bank, images=IMAGES[:4])
     assert 1e-6 < proof.scores < .02 and proof.maps < .02 and proof.bar == .02
-    compared(fitted, tmp_path/'out', to, .02)
+    compared(resnet, tmp_path/'out', to, .02)
 
 def test_fewer_bits_take_fewer_bytes():
     rows = torch.randn(100, 32)

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from networks import Tiny
 from pretend import Away, Refused, pretend, unusable
-from torch import nn
 
 from patchcore_nb import embedder, greedy, nearest, quantised, search
 from patchcore_nb.approximate import Fast
@@ -38,15 +38,6 @@ pytestmark = pytest.mark.skipif(bool(unusable()), reason=unusable() or 'it can b
 IMAGES = np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), np.uint8)
 GOOD, BAD = IMAGES[:6], IMAGES[6:]
 GPU = 'cuda:1' # where there is a cuda:0, too
-
-class Tiny(nn.Module):
-    "Two layers that cost nothing."
-    def __init__(self):
-        super().__init__()
-        def layer(n, m): return nn.Sequential(nn.Conv2d(n, m, 3, 2, 1), nn.BatchNorm2d(m), nn.ReLU())
-        self.stem, self.layer2, self.layer3 = layer(3, 8), layer(8, 16), layer(16, 32)
-
-    def forward(self, x): return self.layer3(self.layer2(self.stem(x)))
 
 @pytest.fixture(scope='module', autouse=True)
 def tiny():
