@@ -59,6 +59,8 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/relative.py
 	$(BIN)/python benchmarks/contamination.py
 	$(BIN)/python benchmarks/busy.py
+	$(BIN)/python benchmarks/learning.py
+	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/backbones.py
 
 ## make peers   pip install -e . pytest anomalib==2.7.0, in .venv-peers  then pytest tests/peers (the preset anomalib against anomalib itself; figures into benchmarks/results/peers.csv)

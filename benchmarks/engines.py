@@ -1,14 +1,20 @@
-"""`predict`, and `fit` without its coreset, by every engine that is installed, against the bare backbone in torch.
+"""`predict`, `fit` without its coreset, and whole commands by every engine that is installed, against the bare backbone in torch.
 
 `python benchmarks/engines.py` takes decoded images of the demo set, random weights, and a processor. The baseline is that of
-pipeline.py: the backbone alone in torch, cut off after the last layer in use, in its fastest order in memory. Engines that
-compute in bfloat16 on this processor do so in rows of their own. Conversions are timed apart. Prints a table and writes
-results/engines.json.
+pipeline.py: the backbone alone in torch, cut off after the last layer in use, in its fastest order in memory. Conversions are
+timed apart. Then come whole commands, from the start of the program to the report, conversion included, on bottle where
+PATCHCORE_NB_TESTDATA names a folder with data/ and weights/, else on a category of the demo set; their baseline is the backbone
+alone on as many images. Prints tables and writes results/engines.json.
 """
+import json
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
-from common import options, race, report, rows_of
+from common import options, race, report, rows_of, subject
 from pipeline import Bare
 
 from patchcore_nb.demo import demo_sample
@@ -59,11 +65,60 @@ def compare(
     return [r | dict(milliseconds_an_image=1e3*r['seconds']/n) | more(r['what']) for r in rows]
 
 
+# Whole commands
+
+CHILD = 'import sys; from patchcore_nb.cli import main; main(sys.argv[1:])'
+OURS = 'leave out', 'threshold', 'evaluate' # stages that the reference has not; intervals are part of the last
+
+def command(
+    line:list[str], # of the program
+    folder:Path,    # to run in
+    into:list,      # gets the seconds of each stage
+):
+    "Run the program from its start to its report."
+    out = subprocess.run([sys.executable, '-c', CHILD, *line], cwd=folder, capture_output=True, text=True, encoding='utf-8')
+    if out.returncode: sys.exit(out.stderr[-2000:])
+    newest = max(folder.glob('results/project/*/report/*.json'), key=lambda o: o.stat().st_mtime)
+    into.append({o['stage']: o['seconds'] for o in json.loads(newest.read_text(encoding='utf-8'))['stages']})
+
+
+def compare_commands(
+    backbone:str,
+    ratio:float,
+    quick:bool,
+)->list[dict]:
+    "Whole commands with each engine, against the bare backbone on the same images."
+    with tempfile.TemporaryDirectory() as temp:
+        what, category, kw = subject(Path(temp)/'data')
+        n = len(category.train)+len(category.test)
+        own = kw.get('weights_dir') if backbone == kw['backbone'] else None
+        weights = ['--weights_dir', str(own)] if own else ['--weights', 'random']
+        size = ['--resize', '64', '--imagesize', '64'] if quick else []
+        root = category.train[0].path.parents[3]
+        layout = 'mvtec' if own or what == 'bottle' else 'demo'
+        tail = ['patch_core', '-b', backbone, '-le', 'layer2', '-le', 'layer3', *weights, 'sampler', '-p', str(ratio), 'approx_greedy_coreset',
+                'dataset', *size, '-d', category.name, layout, str(root)]
+        model = PatchCore(backbone, weights='random', device='cpu')
+        bare = Bare(model, torch.rand(n, 3, *(64, 64) if quick else (224, 224)), torch.channels_last, 'float32')
+        stages, names = {}, ['torch'] if quick else ['torch', *(o for o in ENGINES if installed(o))]
+        def run(name):
+            line = ['--gpu', '-1', '--seed', '0', '--engine', name, 'results', *tail]
+            return lambda: command(line, Path(temp), stages.setdefault(name, []))
+        times = race({BARE: bare, **{f'the whole command, {o}': run(o) for o in names}}, 1 if quick else 3, warm=False)
+        rows = rows_of(times, BARE, backbone=backbone, data=what, coreset=ratio, device='cpu', images=n)
+        for row, name in zip(rows[1:], names):
+            took = stages[name][-1]
+            row |= dict(leaving_out=took.get('leave out'), of_ours=sum(took.get(o, 0) for o in OURS)/row['seconds'])
+        return rows
+
+
 def main():
     args = options(__doc__)
     names = ['resnet18'] if args.quick else ['wide_resnet50_2', 'resnet18']
     rows = [row for o in names for row in compare(o, args.quick)]
-    report(args, __file__, 'the network, predict and fit by engines, against the backbone in torch', rows)
+    whole = [('resnet18', .1)] if args.quick else [('resnet18', .1), ('wide_resnet50_2', .01)]
+    commands = [row for o in whole for row in compare_commands(*o, args.quick)]
+    report(args, __file__, 'the network, predict and fit by engines, against the backbone in torch', rows, commands=commands)
 
 
 if __name__ == '__main__': main()

@@ -7,8 +7,7 @@ __all__ = ['ARGUMENTS', 'UNLIKE', 'NONE', 'STARTS', 'QUOTED', 'ENDS', 'VALUE', '
            'NOTHING', 'LOG_ONLINE', 'OUT_OF_MEMORY', 'NO_MEMORY', 'NO_MEMORY_CODES', 'SPINS', 'ENDING', 'HERE',
            'flags_of', 'spelling', 'typed_value', 'is_clear', 'as_flags', 'said_in_flags', 'said_by_click',
            'says_no_memory', 'out_of_memory', 'message', 'in_one_line', 'complain', 'sleep_early', 'Ended', 'end',
-           'set_aside', 'signals_raised', 'signal_status', 'above_bars', 'told_in_flags', 'print_warning', 'status_of',
-           'speak']
+           'set_aside', 'signals_raised', 'signal_status', 'told_in_flags', 'print_warning', 'status_of', 'speak']
 
 # %% ../nbs/12_answers.ipynb #7cadd893
 import contextlib, errno, os, re, shlex, signal, sys, threading, warnings
@@ -239,11 +238,6 @@ def signal_status(
 # %% ../nbs/12_answers.ipynb #75d3e987
 HERE = os.path.join(os.path.dirname(patchcore_nb.__file__), '') # where our own warnings come from
 
-def above_bars()->contextlib.AbstractContextManager:
-    "Clear progress bars for a while, if there are any; they come back below."
-    tqdm = sys.modules.get('tqdm') # if nobody has imported it, there are none
-    return tqdm.tqdm.external_write_mode(sys.stderr) if tqdm else contextlib.nullcontext()
-
 def told_in_flags(
     warning:Warning,
     category:type, # of it
@@ -259,7 +253,7 @@ def print_warning(
     text:str,
 ):
     "Print a warning as one line on the standard error."
-    with above_bars(): say(f'warning: {printable(text)}')
+    say(f'warning: {printable(text)}')
 
 # %% ../nbs/12_answers.ipynb #95a1e15f
 def status_of(

@@ -167,11 +167,13 @@ def converted(
     size:tuple[int,int], # (H, W) of an image, pixels
     threads:int,
     folder:Path|None=None, # where converted networks are kept; None: nowhere
+    tell:Callable|None=None, # gets a line before a network is converted, which takes seconds
 )->Callable: # as `Engine.start` makes it
     "Convert a network or find it converted, and start it."
     engine, kept = ENGINES.find(name), conversions(folder, name, extractor)
     key = f'{size[0]} x {size[1]}'
     found = kept and kept.get(key)
+    if tell and not found: tell(f'engine {name}: converting the network, for images of {key}')
     network = found or convert(name, extractor, size)
     with in_our_words(name): run = engine.start(network, extractor.precision, threads)
     if found: return run
@@ -190,11 +192,13 @@ class Converted:
         name:str,            # of the engine
         extractor:Extractor, # whose network it is; on the CPU
         folder:str|Path|None=None, # where converted networks are kept; None: nowhere
+        tell:Callable|None=None, # gets a line before a network is converted
     ):
         check_engine(name, extractor.precision)
         self.name = name
         self.extractor = Extractor(extractor.backbone, extractor.layers, extractor.precision)
         self.folder = Path(folder) if folder else None
+        self.tell = tell
 
     def __call__(self,
         images:Tensor, # (B, 3, H, W) normalised, of whole cells
@@ -211,17 +215,18 @@ class Converted:
         with _STARTING:
             running = _STARTED.setdefault(self, {})
             if key in running: return running[key]
-            run = converted(self.name, self.extractor, size, threads, self.folder)
+            run = converted(self.name, self.extractor, size, threads, self.folder, self.tell)
             return running.setdefault(key, run)
 
 def engaged(
     extractor:Extractor, # stays as it is
     name:str,            # "torch" or a name in `ENGINES`
     folder:str|Path|None=None, # where converted networks are kept; None: nowhere
+    tell:Callable|None=None, # gets a line before a network is converted
 )->Extractor: # another one of the same network
     "Let an engine evaluate the network of an extractor."
     new = copy.copy(extractor)
-    new.engine = None if name == 'torch' else Converted(name, extractor, folder)
+    new.engine = None if name == 'torch' else Converted(name, extractor, folder, tell)
     return new
 
 # %% ../nbs/02f_engines.ipynb #ed9e5120
@@ -265,6 +270,7 @@ def measured(
     batch:tuple[int,int,int], # (B, H, W) of the images that go through at a time
     key,                 # hashable: what the times depend on besides
     folder:str|Path|None=None, # where converted networks are kept
+    tell:Callable|None=None, # gets a line before a network is converted
 )->dict[str,float]: # engine -> seconds of a batch, the fastest first
     "Time the engines for a network, or remember the times."
     device = next((o.device for o in extractor.backbone.state_dict().values()), torch.device('cpu'))
@@ -273,7 +279,7 @@ def measured(
     if known in _CHOSEN: return _CHOSEN[known]
     n, *size = batch
     plain = Extractor(extractor.backbone, extractor.layers, extractor.precision)
-    by_name = {o: engaged(plain, o, folder) for o in names}
+    by_name = {o: engaged(plain, o, folder, tell) for o in names}
     alone = len(names) == 1 # there is nothing to choose
     times = dict(torch=0.) if alone else time_engines(by_name, noise(n, size).to(device))
     fastest = sorted(times, key=times.get)

@@ -20,9 +20,8 @@ from .core import *
 from .memory_bank import MemoryBank
 from .samplers import coreset
 from .names import DISTANCES, PATCH_SCORES
-from .scorer import (Neighbours, Rule, Scorer, cosine, euclidean, highest, limit_threads,
-    needs_memory, score, squared)
-from .search import Exact, nearest_neighbours
+from .scorer import Neighbours, Rule, Scorer, limit_threads, needs_memory, score
+from .search import nearest_neighbours
 from .strangest import Others, Strangers, cells_behind, find_strangest, find_tops, set_bounds
 from .suspects import leave_one_out
 
@@ -125,9 +124,10 @@ def strangest_will_do(
 )->bool:
     "Tell whether scores follow from the strangest patch, and searches are exact."
     rule = scorer.rule
-    rising = DISTANCES.find(rule.distance) in (squared, euclidean, cosine)
-    plain = rule.k == 1 and PATCH_SCORES.find(rule.patch_score) is highest
-    return rising and plain and type(scorer.search_) is Exact
+    rising = getattr(DISTANCES.find(rule.distance), 'rising', False)
+    alone = getattr(PATCH_SCORES.find(rule.patch_score), 'alone', False)
+    exact = getattr(scorer.search_, 'by_pairs', False) and scorer.search_.recall_ is None
+    return rising and alone and exact and rule.k == 1
 
 # %% ../nbs/07c_left_out.ipynb #5f6fe15d
 def places_of_stored(

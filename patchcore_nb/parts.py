@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .aggregator import Aggregator
+from .characters import say
 from .core import *
 from .embedding import Compute, Embedding
 from .engines import check_engine, engaged, measured
@@ -51,7 +52,7 @@ def engine_times(
     "Time the engines for a network, once in a process."
     batch = how.batch_size, *seen_at_once(extractor, what.preprocess.size)
     with limit_threads(how.num_threads):
-        return measured(extractor, batch, (what.backbone, what.layers), how.cache)
+        return measured(extractor, batch, (what.backbone, what.layers), how.cache, how.show and say or None)
 
 def engage(
     what:Embedding, # settled
@@ -62,7 +63,7 @@ def engage(
     name = how.engine
     if name == 'auto': name = next(iter(engine_times(what, how, extractor)))
     check_engine(name, what.precision, how.device_of())
-    return engaged(extractor, name, how.cache)
+    return engaged(extractor, name, how.cache, how.show and say or None)
 
 # %% ../nbs/07_parts.ipynb #f60cf61a
 class DryRun(NamedTuple):

@@ -59,6 +59,8 @@ def cosine(
     "Take one minus the cosine of the angle."
     return dists/2
 
+squared.rising = euclidean.rising = cosine.rising = True # they keep the order of squared distances
+
 # %% ../nbs/05_scorer.ipynb #99b1699a
 def needs_unit(
     distance:str, # a name in `DISTANCES`
@@ -115,6 +117,8 @@ def highest(
 )->Tensor: # (B,)
     "Take the highest patch score."
     return patch_scores.amax((1, 2))
+
+highest.alone = True # lower patch scores need not be known
 
 @register_patch_score('mean')
 def mean(

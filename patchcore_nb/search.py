@@ -160,6 +160,7 @@ def grid_step(
 class Exact:
     "Exact search: short lists by eight bits, distances in float32."
     recall_ = None # exact searches have nothing to report
+    by_pairs = True # its distances are those of `pair_dists`, to the bit
     tile = 32768   # rows of the memory bank at a time
     small = 1024   # memory banks of fewer rows are searched by the plain product
 
@@ -173,8 +174,7 @@ class Exact:
         self.targets_ = []
         if not self._suits() or not self.choose_sketch(): return self
         tiles = math.ceil(len(memory_bank)/self.tile)
-        size = math.ceil(len(memory_bank)/tiles) # of equal length, so that none is too short for k
-        self.targets_ = [self._target(x) for x in self.memory_bank_.split(size)]
+        self.targets_ = [self._target(x) for x in self.memory_bank_.chunk(tiles)] # of equal length, so that none is too short for k
         return self
 
     @property
