@@ -174,7 +174,7 @@ class Exact:
         self.targets_ = []
         if not self._suits() or not self.choose_sketch(): return self
         tiles = math.ceil(len(memory_bank)/self.tile)
-        self.targets_ = [self._target(x) for x in self.memory_bank_.chunk(tiles)] # of equal length, so that none is too short for k
+        self.targets_ = [self._target(x) for x in self.memory_bank_.chunk(tiles)] # none too short for k
         return self
 
     @property
