@@ -194,6 +194,7 @@ def _lower_share(
         part = torch.arange(at.start, at.stop, device=rows.device)
         live, need = _who_gains(codes.take(at), target, anchors[at].clamp(min=0), scratch, block)
         for some, least in zip(part[live].split(few), need.split(few)):
+            if not len(some): continue # none of this part gains
             pairs = _short_lists(codes.codes.index_select(0, some), target, least, scratch)
             if pairs: keep_nearer(rows, some, picks, first, pairs, anchors, nearest)
             else:

@@ -265,6 +265,7 @@ def test_the_commands_take_engines(demo_root, tmp_path, name, capfd):
         with pytest.raises(SystemExit) as e: command(line.split())
         assert e.value.code in (0, None), capfd.readouterr().err
     status(main, f'{how} --save_patchcore_model --log_project p --log_group g {tmp_path}/r {parts}')
+    assert capfd.readouterr().err.count(f'engine {name}: converting the network, for images of 64 x 64\n') == 1
     assert json.loads((tmp_path/'r/p/g/run.json').read_text(encoding='utf-8'))['surroundings']['engines'] == [name]
     model = next((tmp_path/'r/p/g/models').iterdir())
     status(evaluate_main, f'{how} {tmp_path}/e patch_core_loader -p {model} dataset -d cog --resize 80 --imagesize 64 demo {demo_root}')
