@@ -60,14 +60,18 @@ def interpolation(
     return (1-far).clip(0)
 
 @lru_cache(maxsize=32)
+def _weights(axis:Axis, sigma:float)->np.ndarray: # a tensor that is made while torch traces may not be kept
+    "Work out `map_matrix`."
+    up = interpolation(axis)
+    smooth = gaussian_filter1d(up, sigma, axis=0) if sigma else up
+    return smooth.astype(np.float32)
+
 def map_matrix(
     axis:Axis,
     sigma:float, # of the Gaussian, in pixels; 0: none
 )->Tensor: # (pixels, n) float32
     "Make interpolation followed by a Gaussian a matrix."
-    up = interpolation(axis)
-    smooth = gaussian_filter1d(up, sigma, axis=0) if sigma else up
-    return torch.from_numpy(smooth).float()
+    return torch.from_numpy(_weights(axis, sigma))
 
 # %% ../nbs/05_maps.ipynb #1cd77783
 def axes_of(

@@ -137,13 +137,17 @@ def top_hundredth(
 
 # %% ../nbs/05_scorer.ipynb #c63e18d2
 @lru_cache(maxsize=32)
+def _blurred(n:int, sigma:float)->np.ndarray: # a tensor that is made while torch traces may not be kept
+    "Work out `blur_matrix`."
+    one = np.eye(n)
+    return (gaussian_filter1d(one, sigma, axis=0) if sigma else one).astype(np.float32)
+
 def blur_matrix(
     n:int,       # cells
     sigma:float, # deviation of the Gaussian, in cells
 )->Tensor: # (n, n) float32
     "Make one axis of scipy's gaussian_filter a matrix."
-    if not sigma: return torch.eye(n)
-    return torch.from_numpy(gaussian_filter1d(np.eye(n), sigma, axis=0)).float()
+    return torch.from_numpy(_blurred(n, float(sigma)))
 
 # %% ../nbs/05_scorer.ipynb #7a79f789
 def smooth_grid(

@@ -43,6 +43,14 @@ def tiny():
     yield
     del BACKBONES['tiny']
 
+@pytest.fixture(autouse=True)
+def as_in_a_new_process():
+    "Nothing that was worked out before is at hand: exporting may be the first thing that a process does with a model."
+    ours = [o for name, o in sys.modules.items() if name.startswith('patchcore_nb.')]
+    kept = [x for o in ours for x in vars(o).values() if hasattr(x, 'cache_clear')]
+    assert kept
+    for o in kept: o.cache_clear()
+
 @pytest.fixture(scope='module')
 def fitted(): return small().fit(IMAGES)
 
