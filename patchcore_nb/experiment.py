@@ -26,7 +26,7 @@ from .pages import report_head, write_report, write_section
 from .prediction import Detector
 from .report import texts
 from .results import (
-    INTERVALS, KINDS, SKIPPED, add_rows, picture_names, read_skipped, save_pictures, with_mean,
+    INTERVALS, KINDS, SKIPPED, add_rows, picture_names, read_skipped, save_pictures, with_mean, with_row,
     write_scores, write_skipped, write_table, write_tables)
 from .resume import (
     Asked, inputs_of, run_folder, settings_of, write_inputs, write_state)
@@ -278,7 +278,7 @@ def run_all(
         inputs = inputs_of(whole)
         metrics = one_category(model.fresh(), o, folder, outputs)
         write_inputs(folder, o.key, inputs)
-        done = pd.concat([done, pd.DataFrame(metrics, [o.key])])
+        done = with_row(done, o.key, metrics)
         if outputs.report:
             head = report_head(model, asked.settings, outputs.command)
             write_report(folder, list(done.index), outputs.lang, **head)
@@ -316,7 +316,7 @@ def judge_into(
         with limit_threads(model.members[0].compute.num_threads):
             _, metrics = skipping(judge, o, outputs.on_error, JUDGED)
         searches |= {m.search: None for m in model.members if m.search != 'exact'}
-        done = pd.concat([done, pd.DataFrame(metrics, [o.key])])
+        done = with_row(done, o.key, metrics)
         write_tables(folder, done)
         if outputs.report:
             head = report_head(model, settings_of(model, categories), outputs.command)

@@ -31,7 +31,7 @@ def font(
 )->ImageFont.FreeTypeFont:
     "Load the letters that matplotlib uses, which are there on every machine."
     path = Path(matplotlib.get_data_path(), 'fonts', 'ttf', 'DejaVuSans.ttf')
-    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+    return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
 
 def draw_text(
     page:Image.Image,  # is drawn on

@@ -667,7 +667,7 @@ def test_a_check_that_fails_leaves_a_fitted_model_as_it_was(fitted):
     m.batch_size = 8
     unchanged(m, before, want)
 
-PLACES = {'embedding': (Embedder, 'rows'), 'picking': (fitting, 'coreset'), 'the search': (fitting, 'make_scorer'), 'leaving out': (fitting, 'leave_out')}
+PLACES = {'embedding': (Embedder, 'rows'), 'picking': (fitting, 'coreset'), 'the search': (fitting, 'make_scorer'), 'leaving out': (fitting, 'judge_without')}
 
 @pytest.mark.parametrize('error', [broken, stopped])
 @pytest.mark.parametrize('place', PLACES)
@@ -696,9 +696,9 @@ def test_an_ensemble_of_which_one_member_fails_is_as_it_was(pair):
     before, want = [o.fitted_ for o in m.members], m.predict(IMAGES)
     with pytest.raises(ArgumentError): m.fit([*IMAGES[:5], ODD[0]])
     calls, fit = [], PatchCore.fit
-    def second_fails(self, *args):
+    def second_fails(self, *args, **kw):
         calls.append(self)
-        return fit(self, *args) if len(calls) < 2 else broken()
+        return fit(self, *args, **kw) if len(calls) < 2 else broken()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PatchCore, 'fit', second_fails)
         with pytest.raises(OSError): m.fit(IMAGES[:6])

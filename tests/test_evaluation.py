@@ -13,7 +13,7 @@ from scipy.integrate import trapezoid
 from sklearn import metrics
 
 from patchcore_nb import evaluation, intervals, pixels
-from patchcore_nb.auc import area, auroc, auroc_pairs, average_precision, counts, f1max, roc_curve
+from patchcore_nb.auc import area, auroc, auroc_pairs, average_precision, counts, f1max, roc_curve, tied
 from patchcore_nb.aupimo import aupimo_curves, aupimo_images
 from patchcore_nb.aupro import aupro, aupro_regions, pro_curve, region_weights
 from patchcore_nb.bins import bin_floor, centre_of, slack, to_bins
@@ -38,6 +38,7 @@ def scored(draw, both=True):
     n = draw(st.integers(2, 40))
     dtype, values = draw(st.sampled_from([(np.float32, FEW), (np.float64, FEW), (np.float64, ANY), (np.float32, WIDE)]))
     scores, labels = draw(hnp.arrays(dtype, n, elements=values, fill=st.nothing())), draw(hnp.arrays(bool, n))
+    scores = tied(scores) # which scikit-learn would tell apart
     if both: labels[:2] = True, False
     return scores, labels
 
