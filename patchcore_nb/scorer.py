@@ -11,7 +11,6 @@ __all__ = ['register_distance', 'squared', 'euclidean', 'cosine', 'needs_unit', 
 # %% ../nbs/05_scorer.ipynb #3471eaeb
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -136,18 +135,14 @@ def top_hundredth(
     return patch_scores.flatten(1).topk(n, dim=1)[0].mean(1)
 
 # %% ../nbs/05_scorer.ipynb #c63e18d2
-@lru_cache(maxsize=32)
-def _blurred(n:int, sigma:float)->np.ndarray: # a tensor that is made while torch traces may not be kept
-    "Work out `blur_matrix`."
-    one = np.eye(n)
-    return (gaussian_filter1d(one, sigma, axis=0) if sigma else one).astype(np.float32)
-
 def blur_matrix(
     n:int,       # cells
     sigma:float, # deviation of the Gaussian, in cells
 )->Tensor: # (n, n) float32
     "Make one axis of scipy's gaussian_filter a matrix."
-    return torch.from_numpy(_blurred(n, float(sigma)))
+    one = np.eye(n)
+    smooth = gaussian_filter1d(one, sigma, axis=0) if sigma else one
+    return torch.from_numpy(smooth.astype(np.float32))
 
 # %% ../nbs/05_scorer.ipynb #7a79f789
 def smooth_grid(
