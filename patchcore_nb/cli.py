@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'ONLY_FITTING', 'main', 'with_deviation', 'is_over_seeds', 'results_table', 'places_of', 'recall_said',
            'show_run', 'tell', 'report_arguments', 'output_arguments', 'check_seeds', 'find_held_out', 'checked_model',
-           'fit_and_judge', 'judge_models']
+           'executor_of', 'fit_and_judge', 'judge_models']
 
 # %% ../nbs/12_cli.ipynb #7e6845d5
 import sys, warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import click
@@ -27,6 +28,7 @@ from .names import PRESETS
 
 # %% ../nbs/12_cli.ipynb #c306a61e
 MODEL_FORMATS = 'both', 'ours', 'reference'
+EXECUTORS = 'local', 'processes'
 
 @click.group(cls=Parts, context_settings=HELP)
 @click.argument('results_path', type=PLACE)
@@ -47,6 +49,8 @@ MODEL_FORMATS = 'both', 'ours', 'reference'
 @click.option('--memory_budget', default=None, help='Memory that may be taken: bytes, 600MB, 2GB; what is free if not given. Over it, patch embeddings go to a file in the results folder.')
 @CACHE
 @ENGINE
+@click.option('--on', type=click.Choice(EXECUTORS), default='local', show_default=True, help='Who does the categories: this process, one after the other, or several processes at a time.')
+@click.option('--cpus_per_task', type=click.IntRange(1, 1024), default=None, help='Threads of each of the processes; with fewer there are more of them at a time. 1 if not given, or --num_threads.')
 def cli(**kw):
     """Find defects in images after seeing only good ones:
     RESULTS_PATH patch_core [...] sampler [...] dataset [...],
@@ -199,6 +203,20 @@ def checked_model(
     dataset_arguments(data)
     return make_model(group, core, sampler, data).check()
 
+# %% ../nbs/12_cli.ipynb #ex3c0001
+def executor_of(
+    group:dict, # flags of the command itself
+    n:int,      # categories
+): # `tasks.Processes`, or None: this process does them
+    "Make who does the categories."
+    threads = group['cpus_per_task'] or group['num_threads'] or 1
+    if group['on'] == 'local':
+        if not group['cpus_per_task']: return None
+        raise click.UsageError('--cpus_per_task is for several processes: give --on processes, or --num_threads')
+    from patchcore_nb.concurrency import own_cores
+    from patchcore_nb.tasks import Processes
+    return Processes(min(n, max(1, own_cores()//threads)), threads)
+
 # %% ../nbs/12_cli.ipynb #0e6af9cb
 def fit_and_judge(
     flags:dict, # part of the command line -> its flags
@@ -215,13 +233,17 @@ def fit_and_judge(
     outputs = output_arguments(group)
     find = partial(find_held_out, core, data)
     first, *others = group['seed']
-    if others: done = run_seeds(model, find, group['seed'], *where, **outputs)
-    else: done = run(model, find(first), *where, **outputs)
+    executor = executor_of(group, len(data['subdatasets']))
+    with executor or nullcontext():
+        how = outputs | dict(executor=executor)
+        if others: done = run_seeds(model, find, group['seed'], *where, **how)
+        else: done = run(model, find(first), *where, **how)
     return tell(done, show_run(done, group, core['search']))
 
 # %% ../nbs/12_cli.ipynb #ac07e6f4
 ONLY_FITTING = ( # flags of the command itself
-    'preset', 'save_patchcore_model', 'resume', 'resume_anyway', 'memory_budget', 'model_format')
+    'preset', 'save_patchcore_model', 'resume', 'resume_anyway', 'memory_budget', 'model_format', 'on',
+    'cpus_per_task')
 
 def judge_models(
     flags:dict, # part of the command line -> its flags

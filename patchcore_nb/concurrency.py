@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['own_cores', 'shares', 'lock_across_forks', 'in_new_thread', 'set_own_threads', 'limit_threads', 'in_threads',
-           'work_alone', 'SharedSetting', 'precision_of', 'full_precision', 'usual_torch']
+           'work_alone', 'work_for_another', 'SharedSetting', 'precision_of', 'full_precision', 'usual_torch']
 
 # %% ../nbs/00_concurrency.ipynb #951cd322
-import contextlib, math, os, threading
+import contextlib, math, os, signal, threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
@@ -117,6 +117,13 @@ def in_threads(
 def work_alone():
     "Use one torch thread, as a forked process must."
     torch.set_num_threads(1)
+
+def work_for_another(
+    threads:int, # of torch
+):
+    "Make a new process one that works for another: it keeps to its threads, and leaves Ctrl-C to the other."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
 
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=work_alone)
 

@@ -116,7 +116,8 @@ class Estimator:
             if known and is_another(self.__dict__[name], value): unfit(self)
             object.__setattr__(self, name, value)
 
-    def __getstate__(self): return dict(self.__dict__) # another thread may add to it
+    def __getstate__(self): # of a copy of what is known, since another thread may add to it
+        return {k: v for k, v in self.__dict__.copy().items() if k != '_spare'} # a backbone that is only lent stays here
 
     def get_params(self,
         deep:bool=True, # there is nothing deeper; for scikit-learn's sake

@@ -20,7 +20,7 @@ from .categories import Skipped
 from .characters import as_cell, from_cell, legal_name, numbered
 from .concurrency import own_cores
 from .core import *
-from .data import Category, Sample, read_ahead, read_masks
+from .data import Sample, read_ahead, read_masks
 from .panels import draw_panel
 from .plots import colour_range
 from .prediction import Prediction
@@ -132,6 +132,7 @@ def add_rows(
     key:str,            # the category
     table:pd.DataFrame, # its rows
     label:str='name',   # of the column that the index becomes
+    order:Sequence[str]=(), # of the categories; those that it does not name come last
 ):
     "Put a category's rows into a table that holds those of others, in the place of any that it had."
     if not len(table) and not path.is_file(): return
@@ -139,17 +140,21 @@ def add_rows(
     old = read_texts(path) if path.is_file() else new.iloc[:0]
     parts = [o for o in (old[old.category != key], new) if len(o)] or [new]
     whole = pd.concat(parts)
+    place = {k: i for i, k in enumerate(order)}
+    whole = whole.sort_values('category', key=lambda o: o.map(place), kind='stable')
     write_table(whole[['category', *whole.columns.drop('category')]], path, index=False)
 
 # %% ../nbs/10_results.ipynb #9f06d0bd
 def write_skipped(
     folder:Path, # of a run
-    category:Category,
+    key:str,     # of a category
+    skipped:Sequence[Skipped],
+    order:Sequence[str]=(), # as for `add_rows`
 ):
     "Put the images that could not be read into the run's table of them."
-    paths = [o.sample.path.as_posix() for o in category.skipped]
-    found = dict(part=[o.part for o in category.skipped], error=[o.error for o in category.skipped])
-    add_rows(folder/SKIPPED, category.key, pd.DataFrame(found, paths), 'image')
+    paths = [o.sample.path.as_posix() for o in skipped]
+    found = dict(part=[o.part for o in skipped], error=[o.error for o in skipped])
+    add_rows(folder/SKIPPED, key, pd.DataFrame(found, paths), 'image', order)
 
 def read_skipped(
     folder:Path, # of a run

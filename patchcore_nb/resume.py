@@ -133,9 +133,10 @@ def write_inputs(
     folder:Path, # of a run
     key:str,     # of a category
     inputs:dict[str,dict], # as `inputs_of`
+    order:Sequence[str]=(), # keys of all categories
 ):
     "Keep what a category was made of."
-    add_rows(folder/INPUTS, key, pd.DataFrame.from_dict(inputs, orient='index'))
+    add_rows(folder/INPUTS, key, pd.DataFrame.from_dict(inputs, orient='index'), order=order)
 
 def read_inputs(
     folder:Path, # of a run

@@ -9,6 +9,7 @@ __all__ = ['reseeded', 'write_seeds', 'check_seeds', 'check_seeds_same', 'of_see
 # %% ../nbs/10_seeds.ipynb #db293ad3
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 
 import pandas as pd
@@ -99,6 +100,7 @@ def run_one(
     folder:Path,    # of the run of all seeds
     name:str,       # of this one's
     resume:bool|str=False, # as for `run`
+    executor:Executor|None=None, # likewise
     **outputs       # further arguments of `run`
 )->pd.DataFrame: # a row per category
     "Run with one seed, unless that is done."
@@ -106,7 +108,8 @@ def run_one(
         asked = asked_of(model.fresh().check(), categories, **wanted_of(Outputs(**outputs)))
         known = finished(folder/name, asked, resume)
         if known is not None: return known
-    done = run(model, categories, folder.parent, folder.name, name, resume=resume, **outputs)
+    how = outputs | dict(resume=resume, executor=executor)
+    done = run(model, categories, folder.parent, folder.name, name, **how)
     return done.report.drop('Mean')
 
 # %% ../nbs/10_seeds.ipynb #169a55f6
@@ -137,6 +140,7 @@ def run_seeds(
     project:str='project',     # LOG_PROJECT
     group:str='group',         # LOG_GROUP
     resume:bool|str=False,     # as for `run`
+    executor:Executor|None=None, # likewise
     **outputs                  # further arguments of `run`
 )->Run: # its report holds means, and deviations in columns that end in _std
     "Run with each seed."
@@ -148,6 +152,6 @@ def run_seeds(
     with run_folder(*where, asked, resume) as (folder, found):
         done = of_seeds(found)
         check_seeds_same(model, find, folder, wanted, done, resume)
-        table = run_each(model, find, seeds, folder, asked, done, resume=resume, **outputs)
+        table = run_each(model, find, seeds, folder, asked, done, resume=resume, executor=executor, **outputs)
     skipped = [read_skipped(folder/f'seed_{s}') for s in seeds]
     return Run(folder, table, len(done), skipped=sum(map(len, skipped)))

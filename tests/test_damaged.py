@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from patchcore_nb import PatchCore, experiment, files, saved, skipping, store
+from patchcore_nb import PatchCore, experiment, files, rounds, saved, skipping, store
 from patchcore_nb.cli import main
 from patchcore_nb.core import ArgumentError, DataError
 from patchcore_nb.data import load_category, make_miniature
@@ -234,10 +234,10 @@ def test_a_damaged_mask_costs_its_image(call, there, without):
 
 def test_an_image_that_vanishes_before_its_picture(call, there, monkeypatch, without):
     want = without('test')
-    def pictures(*args, real=experiment.save_pictures):
+    def pictures(*args, real=rounds.save_pictures):
         (there/'data'/'tile'/files_of('test')).unlink(missing_ok=True)
         return real(*args)
-    monkeypatch.setattr(experiment, 'save_pictures', pictures)
+    monkeypatch.setattr(rounds, 'save_pictures', pictures)
     assert call('run', f'--gpu -1 --on_error skip --save_segmentation_images results {FIT}')[0] == 1
     assert Path('results/project/group/results.csv').read_bytes() == want
 
@@ -251,10 +251,10 @@ def test_what_was_skipped_is_known_to_a_run_that_goes_on(call, there, monkeypatc
     shutil.copytree('data/tile', 'data/other')
     cut(there/'data'/'tile'/files_of('test'))
     two = FIT.replace('-d tile', '-d tile -d other')
-    def fail(model, category, folder, real=experiment.fit_category):
+    def fail(model, category, folder, real=rounds.fit_category):
         if category.name == 'other': raise KeyboardInterrupt
         real(model, category, folder)
-    monkeypatch.setattr(experiment, 'fit_category', fail)
+    monkeypatch.setattr(rounds, 'fit_category', fail)
     assert call('run', f'--gpu -1 --on_error skip results {two}')[0] == 130
     monkeypatch.undo()
     monkeypatch.chdir(there)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from patchcore_nb import PatchCore, embedder, experiment, results, resume, seeds
+from patchcore_nb import PatchCore, embedder, experiment, results, rounds, resume, seeds
 from patchcore_nb.base import ArgumentError, DataError
 from patchcore_nb.batching import read_ahead
 from patchcore_nb.cli import main
@@ -396,10 +396,10 @@ def test_threads_are_those_that_were_asked_for(tmp_path, monkeypatch, capfd):
     shutil.copytree(make_miniature(tmp_path/'data', n_train=4)/'tile', tmp_path/'data'/'second')
     before = torch.get_num_threads()
     seen, drawing = set(), set()
-    forward, ahead, judged = embedder.Embedder.forward, results.read_ahead, experiment.Trial
+    forward, ahead, judged = embedder.Embedder.forward, results.read_ahead, rounds.Trial
     monkeypatch.setattr(embedder.Embedder, 'forward', lambda *a, **kw: seen.add(torch.get_num_threads()) or forward(*a, **kw))
     monkeypatch.setattr(results, 'read_ahead', lambda f, jobs, n, depth: drawing.add(n) or ahead(f, jobs, n, depth))
-    monkeypatch.setattr(experiment, 'Trial', lambda *a: seen.add(torch.get_num_threads()) or judged(*a))
+    monkeypatch.setattr(rounds, 'Trial', lambda *a: seen.add(torch.get_num_threads()) or judged(*a))
     status, lines = call(command(tmp_path, '--num_threads', before+2, '--save_segmentation_images'), capfd)
     assert status == 0, lines
     assert seen == drawing == {before+2} and torch.get_num_threads() == before
