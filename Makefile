@@ -63,11 +63,12 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/backbones.py
 
-## make peers   pip install -e . pytest anomalib==2.7.0, in .venv-peers  then pytest tests/peers (the preset anomalib against anomalib itself; figures into benchmarks/results/peers.csv)
+## make peers   pip install -e '.[faiss]' pytest anomalib==2.7.0, in .venv-peers  then pytest tests/peers (the preset anomalib against anomalib itself; figures into benchmarks/results/peers.csv); python benchmarks/peers.py (time and memory beside anomalib and the reference's stages)
 peers:
 	test -x .venv-peers/bin/pip || $(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install -e . pytest anomalib==2.7.0
+	.venv-peers/bin/python -m pip install -e '.[faiss]' pytest anomalib==2.7.0
 	.venv-peers/bin/python -m pytest tests/peers
+	.venv-peers/bin/python benchmarks/peers.py
 
 ## make lowest.txt   uv pip compile (the lowest version of every requirement, for pip; faiss for the CPU, since that for the GPU asks for a newer torch)
 lowest.txt: settings.ini

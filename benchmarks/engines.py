@@ -2,10 +2,11 @@
 
 `python benchmarks/engines.py` takes decoded images of the demo set, random weights, and a processor. The baseline is that of
 pipeline.py: the backbone alone in torch, cut off after the last layer in use, in its fastest order in memory. Conversions are
-timed apart. Then come whole commands, from the start of the program to the report, conversion included, on bottle where
+timed apart. Engines that can compute in bfloat16 here do so as well. Then come whole commands, with the AUROC that they find, from the start of the program to the report, conversion included, on bottle where
 PATCHCORE_NB_TESTDATA names a folder with data/ and weights/, else on a category of the demo set; their baseline is the backbone
 alone on as many images. Prints tables and writes results/engines.json.
 """
+import copy
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import pandas as pd
 import torch
 from common import options, race, report, rows_of, subject
 from pipeline import Bare
@@ -23,6 +25,15 @@ from patchcore_nb.names import ENGINES
 from patchcore_nb.patchcore import PatchCore
 
 BARE = 'backbone alone, torch'
+
+
+def ways_of(
+    names:list[str], # of engines
+)->dict[str,dict]: # label -> arguments of `PatchCore`
+    "List engines and precisions."
+    found = [('torch', 'float32'), *((o, p) for o in names for p in ENGINES[o].precisions())]
+    labels = [o if p == 'float32' else f'{o} {p}' for o, p in found]
+    return {label: dict(engine=o, precision=p) for label, (o, p) in zip(labels, found)}
 
 
 def converting(
@@ -51,17 +62,19 @@ def compare(
     others = [o for o in ENGINES if installed(o)]
     runs, far = {BARE: Bare(model, images, torch.channels_last, 'float32')}, {}
     plain, made = model.extractor_, converting(model, others)
-    for name in ['torch', *others]:
-        twin = PatchCore(**model.get_params() | dict(engine=name, weights='random')).fit(train)
-        part, extractor = images[:model.batch_size], engaged(plain, name)
-        far[name] = deviation([*extractor(part).values()], [*plain(part).values()])
-        runs |= {f'network, {name}': lambda e=extractor: [e(o) for o in images.split(model.batch_size)],
-                 f'predict, {name}': lambda m=twin: m.predict(test),
-                 f'fit without the coreset, {name}': lambda m=twin: [None for _ in m.embedder_(test)]}
-    rows = rows_of(race(runs, rounds), BARE, backbone=backbone, precision='float32', device='cpu', rows=len(model.memory_bank_))
+    for label, how in ways_of(others).items():
+        twin = PatchCore(**model.get_params() | dict(how, weights='random')).fit(train)
+        asked = copy.copy(plain)
+        asked.precision = how['precision']
+        part, extractor = images[:model.batch_size], engaged(asked, how['engine'])
+        far[label] = deviation([*extractor(part).values()], [*plain(part).values()])
+        runs |= {f'network, {label}': lambda e=extractor: [e(o) for o in images.split(model.batch_size)],
+                 f'predict, {label}': lambda m=twin: m.predict(test),
+                 f'fit without the coreset, {label}': lambda m=twin: [None for _ in m.embedder_(test)]}
+    rows = rows_of(race(runs, rounds), BARE, backbone=backbone, device='cpu', rows=len(model.memory_bank_))
     def more(what):
-        name = what.rpartition(', ')[2]
-        return dict(deviation=far[name], converting=made.get(name)) if what.startswith('network') else {}
+        label = what.rpartition(', ')[2]
+        return dict(deviation=far[label], converting=made.get(label)) if what.startswith('network') else {}
     return [r | dict(milliseconds_an_image=1e3*r['seconds']/n) | more(r['what']) for r in rows]
 
 
@@ -80,6 +93,7 @@ def command(
     if out.returncode: sys.exit(out.stderr[-2000:])
     newest = max(folder.glob('results/project/*/report/*.json'), key=lambda o: o.stat().st_mtime)
     into.append({o['stage']: o['seconds'] for o in json.loads(newest.read_text(encoding='utf-8'))['stages']})
+    into[-1] |= pd.read_csv(newest.parents[1]/'metrics.csv', index_col=0).loc['Mean', ['image_auroc', 'pixel_auroc']]
 
 
 def compare_commands(
@@ -96,19 +110,20 @@ def compare_commands(
         size = ['--resize', '64', '--imagesize', '64'] if quick else []
         root = category.train[0].path.parents[3]
         layout = 'mvtec' if own or what == 'bottle' else 'demo'
-        tail = ['patch_core', '-b', backbone, '-le', 'layer2', '-le', 'layer3', *weights, 'sampler', '-p', str(ratio), 'approx_greedy_coreset',
+        tail = ['-b', backbone, '-le', 'layer2', '-le', 'layer3', *weights, 'sampler', '-p', str(ratio), 'approx_greedy_coreset',
                 'dataset', *size, '-d', category.name, layout, str(root)]
         model = PatchCore(backbone, weights='random', device='cpu')
         bare = Bare(model, torch.rand(n, 3, *(64, 64) if quick else (224, 224)), torch.channels_last, 'float32')
-        stages, names = {}, ['torch'] if quick else ['torch', *(o for o in ENGINES if installed(o))]
-        def run(name):
-            line = ['--gpu', '-1', '--seed', '0', '--engine', name, 'results', *tail]
-            return lambda: command(line, Path(temp), stages.setdefault(name, []))
-        times = race({BARE: bare, **{f'the whole command, {o}': run(o) for o in names}}, 1 if quick else 3, warm=False)
+        stages, ways = {}, ways_of([] if quick else [o for o in ENGINES if installed(o)])
+        def run(label, how):
+            line = ['--gpu', '-1', '--seed', '0', '--engine', how['engine'], 'results', 'patch_core', '--precision', how['precision'], *tail]
+            return lambda: command(line, Path(temp), stages.setdefault(label, []))
+        times = race({BARE: bare, **{f'the whole command, {o}': run(o, how) for o, how in ways.items()}}, 1 if quick else 3, warm=False)
         rows = rows_of(times, BARE, backbone=backbone, data=what, coreset=ratio, device='cpu', images=n)
-        for row, name in zip(rows[1:], names):
-            took = stages[name][-1]
+        for row, label in zip(rows[1:], ways):
+            took = stages[label][-1]
             row |= dict(leaving_out=took.get('leave out'), of_ours=sum(took.get(o, 0) for o in OURS)/row['seconds'])
+            row |= {o: took[o] for o in ('image_auroc', 'pixel_auroc')}
         return rows
 
 
