@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['own_cores', 'shares', 'lock_across_forks', 'in_new_thread', 'set_own_threads', 'limit_threads', 'in_threads',
-           'work_alone', 'work_for_another', 'SharedSetting', 'precision_of', 'full_precision', 'usual_torch']
+           'work_alone', 'without_ctrl_c', 'work_for_another', 'SharedSetting', 'precision_of', 'full_precision',
+           'usual_torch']
 
 # %% ../nbs/00_concurrency.ipynb #951cd322
-import contextlib, math, os, signal, threading
-from collections.abc import Callable
+import contextlib, math, multiprocessing, os, signal, threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
 
@@ -118,11 +119,26 @@ def work_alone():
     "Use one torch thread, as a forked process must."
     torch.set_num_threads(1)
 
+@contextlib.contextmanager
+def without_ctrl_c()->Iterator[None]:
+    "Start processes that do not hear Ctrl-C before they have said that they leave it to others."
+    if not hasattr(signal, 'pthread_sigmask'): # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try: yield
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
 def work_for_another(
     threads:int, # of torch
 ):
-    "Make a new process one that works for another: it keeps to its threads, and leaves Ctrl-C to the other."
+    "Make a new process work for another: it keeps to its threads, leaves Ctrl-C to that, and ends with it."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    other = multiprocessing.parent_process()
+    def follow():
+        other.join()
+        os._exit(1) # in the middle of whatever it is at: nobody would take the result
+    threading.Thread(target=follow, daemon=True).start()
     torch.set_num_threads(threads)
 
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=work_alone)

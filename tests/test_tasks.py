@@ -7,8 +7,11 @@ import sys
 import threading
 import time
 import warnings
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
 
@@ -19,14 +22,16 @@ from patchcore_nb.data import load_category
 from patchcore_nb.demo import DEMO_CATEGORIES
 from patchcore_nb.experiment import run
 from patchcore_nb.patchcore import PatchCore
+from patchcore_nb.results import with_row
 from patchcore_nb.seeds import run_seeds
 from patchcore_nb.tasks import TRIES, Local, Processes, ended
 
 
-def die(note, times):
+def die(note, times, seconds=0):
     "Kill this process so many times; a letter in a file for each."
     with open(note, 'a', encoding='utf-8') as f: f.write('x')
     if os.path.getsize(note) <= times: os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(seconds)
     return os.path.getsize(note)
 
 def slow(i):
@@ -46,8 +51,23 @@ def test_a_task_whose_process_was_killed_is_done_again(pool, tmp_path):
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='no such signal here')
 def test_one_that_always_dies_is_given_up(pool, tmp_path):
-    died, = ended(pool, die, [(tmp_path/'note', 99)])
-    assert 'terminated' in str(died.future.exception()) and os.path.getsize(tmp_path/'note') == TRIES
+    jobs = [(tmp_path/'note', 99), *((tmp_path/f'sound{i}', 0, .3) for i in range(3))]
+    found = {o.number: o.future for o in ended(pool, die, jobs)}
+    assert 'terminated' in str(found[0].exception()) and os.path.getsize(tmp_path/'note') == TRIES
+    assert all(found[i].result() for i in (1, 2, 3)) # its neighbours are not given up with it
+
+def test_a_pool_that_breaks_for_good_loses_no_answer(tmp_path):
+    with ProcessPoolExecutor(1, get_context('spawn')) as plain:
+        found = {o.number: o.future for o in ended(plain, die, [(tmp_path/'sound', 0), (tmp_path/'note', 99)])}
+    assert found[0].result() == 1 and isinstance(found[1].exception(), BrokenExecutor)
+
+def test_whoever_stops_asking_leaves_no_task_behind(tmp_path):
+    with Processes(2, threads=1) as pool:
+        tasks = ended(pool, die, [(tmp_path/'a', 0), (tmp_path/'b', 0, 60)])
+        next(tasks)
+        start = time.monotonic()
+        tasks.close()
+        assert time.monotonic()-start < 20 and pool.submit(slow, 0).result() == 0
 
 def test_all_are_done_whatever_the_order(pool):
     for executor in (Local(), pool):
@@ -125,7 +145,7 @@ def test_one_that_fails_is_named_and_the_others_are_kept(few, tmp_path, pool):
     whole = broken.read_bytes()
     broken.write_bytes(whole[:len(whole)//2])
     try:
-        with pytest.raises(DataError, match=rf'1 of 2 categories could not be done: {few[0].key}: .*cannot be read.*the other 1 are done'):
+        with pytest.raises(DataError, match=rf'1 of 2 categories could not be done: {few[0].key}: .*cannot be read.*what else was asked for is done .1.'):
             run(small(), few, tmp_path, 'p', 'g', executor=pool)
     finally: broken.write_bytes(whole)
     done = run(small(), few, tmp_path, 'p', 'g', executor=pool, resume=True)
@@ -133,6 +153,13 @@ def test_one_that_fails_is_named_and_the_others_are_kept(few, tmp_path, pool):
     want = run(small(), few, tmp_path, 'p', 'here')
     assert files_of(done.folder).keys() == files_of(want.folder).keys()
     assert [(done.folder/o).read_bytes() == (want.folder/o).read_bytes() for o in ('results.csv', 'metrics.csv', 'intervals.csv', 'kinds.csv')] == [True]*4
+
+def test_columns_do_not_depend_on_who_comes_first():
+    rows = dict(a=dict(x=1., missed=2.), b=dict(x=3., y=4., missed=5.))
+    for keys in ('ab', 'ba'):
+        table = pd.DataFrame()
+        for k in keys: table = with_row(table, k, rows[k], ['a', 'b'])
+        assert (list(table), list(table.index)) == (['x', 'missed', 'y'], ['a', 'b'])
 
 def test_warnings_are_passed_on(few, tmp_path, pool):
     with warnings.catch_warnings(record=True) as heard:
@@ -170,6 +197,15 @@ def test_the_command_by_processes(data, tmp_path):
 def test_a_thread_count_for_nobody_is_refused(data, tmp_path, capsys):
     with pytest.raises(SystemExit) as left: main(words(tmp_path, data, '--cpus_per_task', '2'))
     assert left.value.code == 2 and '--on processes' in capsys.readouterr().err
+
+@pytest.mark.skipif(os.name == 'nt', reason='Windows has no such signal')
+def test_processes_end_with_the_one_that_they_work_for(data, tmp_path):
+    run = subprocess.Popen([sys.executable, '-c', PROGRAM, *words(tmp_path, data, '--on', 'processes')], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic()+60
+    while not (theirs := at_work(run.pid)): assert time.monotonic() < deadline and run.poll() is None
+    run.kill()
+    run.wait()
+    assert not psutil.wait_procs(theirs, timeout=20)[1]
 
 @pytest.mark.skipif(os.name == 'nt', reason='Windows has no such signal')
 def test_ctrl_c_ends_the_processes_too(data, tmp_path):
