@@ -7,11 +7,12 @@ __all__ = ['ARGUMENTS', 'UNLIKE', 'NONE', 'STARTS', 'QUOTED', 'ENDS', 'VALUE', '
            'NOTHING', 'LOG_ONLINE', 'OUT_OF_MEMORY', 'NO_MEMORY', 'NO_MEMORY_CODES', 'SPINS', 'ENDING', 'HERE',
            'flags_of', 'spelling', 'typed_value', 'is_clear', 'as_flags', 'said_in_flags', 'said_by_click',
            'says_no_memory', 'out_of_memory', 'message', 'in_one_line', 'complain', 'sleep_early', 'Ended', 'end',
-           'set_aside', 'signals_raised', 'signal_status', 'told_in_flags', 'print_warning', 'status_of', 'speak']
+           'set_aside', 'raised_again', 'signals_raised', 'signal_status', 'told_in_flags', 'print_warning',
+           'status_of', 'speak']
 
 # %% ../nbs/12_answers.ipynb #7cadd893
 import contextlib, errno, os, re, shlex, signal, sys, threading, warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import click
 
@@ -218,14 +219,25 @@ def set_aside(
     "Tell whether whoever started the process wants this signal to be passed over."
     return signal.getsignal(number) is signal.SIG_IGN
 
+def raised_again(
+    usual:Callable, # what was done so far with errors that nobody can catch
+)->Callable: # what to do with them
+    "Send a signal once more if it came where Python can raise nothing, such as in the middle of an import."
+    def hook(lost):
+        if not isinstance(lost.exc_value, Ended): return usual(lost)
+        threading.Timer(.01, os.kill, (os.getpid(), lost.exc_value.number)).start()
+    return hook
+
 @contextlib.contextmanager
 def signals_raised():
     "Raise the signals that ask a process to end; only its main thread can."
     is_main = threading.current_thread() is threading.main_thread()
     numbers = [getattr(signal, o) for o in ENDING if is_main and hasattr(signal, o)]
     before = {o: signal.signal(o, end) for o in numbers if not set_aside(o)}
+    usual, sys.unraisablehook = sys.unraisablehook, raised_again(sys.unraisablehook)
     try: yield
     finally:
+        sys.unraisablehook = usual
         for number, handler in before.items(): signal.signal(number, handler or signal.SIG_DFL)
 
 def signal_status(
