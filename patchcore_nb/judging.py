@@ -205,7 +205,7 @@ def find_intervals(
     scores = prediction.normalised_over_set().image_scores
     table = bootstrap(scores, labels, pixels.rows, seed=trial.seed, marks=pixels.marks)
     table['value'] = [trial.metrics[k] for k in table.index] # rows are a little coarser
-    return pd.concat([table, shares])
+    return pd.concat([table, shares]) if len(shares) else table
 
 def missed_by_kind(
     trial:Trial,
