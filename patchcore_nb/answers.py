@@ -219,6 +219,7 @@ def set_aside(
     "Tell whether whoever started the process wants this signal to be passed over."
     return signal.getsignal(number) is signal.SIG_IGN
 
+# %% ../nbs/12_answers.ipynb #4e4aec00
 def raised_again(
     usual:Callable, # what was done so far with errors that nobody can catch
 )->Callable: # what to do with them

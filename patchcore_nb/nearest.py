@@ -102,6 +102,7 @@ def _enough(
     else: least, at = groups.min(1, keepdim=True)
     return (least+2*SLACK*sq[at]).amax(1)
 
+# %% ../nbs/00b_nearest.ipynb #c85f7c00
 def in_groups(
     m:Tensor, # (t, D) rows about the centre
 )->tuple[Tensor,Tensor]: # (t', D), t' a multiple of `TOGETHER`; (t',) |m|^2, infinite for rows that were added
@@ -110,6 +111,7 @@ def in_groups(
     sq = F.pad(m.square().sum(1), (0, more), value=torch.inf)
     return F.pad(m, (0, 0, 0, more)), sq
 
+# %% ../nbs/00b_nearest.ipynb #c85f7c01
 def _in_question(
     x:Tensor,   # (n, D) queries about the centre
     m:Tensor,   # (t, D) rows about the centre, in whole groups

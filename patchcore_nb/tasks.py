@@ -43,6 +43,7 @@ def width_of(
     known = getattr(executor, 'at_once', None) or getattr(executor, '_max_workers', None)
     return known or own_cores()
 
+# %% ../nbs/00e_tasks.ipynb #c2c51c00
 def handed_in(
     executor:Executor,
     f:Callable, # what to call
@@ -64,6 +65,7 @@ def stop(
     if left and hasattr(executor, 'kill'): executor.kill()
     wait(left)
 
+# %% ../nbs/00e_tasks.ipynb #c2c51c01
 def ended(
     executor:Executor,
     f:Callable,  # what to call; doing it twice must do no harm
