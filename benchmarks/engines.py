@@ -80,7 +80,7 @@ def compare(
 
 # Whole commands
 
-CHILD = 'import sys; from patchcore_nb.cli import main; main(sys.argv[1:])'
+CHILD = 'from patchcore_nb.start import run; run()'
 OURS = 'leave out', 'threshold', 'evaluate' # stages that the reference has not; intervals are part of the last
 
 def command(

@@ -7,8 +7,7 @@ __all__ = ['auroc_variance', 'check_level', 'perfect_auroc_bound', 'auroc_interv
 
 # %% ../nbs/06b_closed_form.ipynb #25a1ff5d
 import numpy as np
-from scipy.special import expit, logit
-from scipy.stats import binomtest, norm
+from scipy.special import betaincinv, expit, logit, ndtri
 
 from .arrays import scores_and_labels
 from .auc import auroc, tied
@@ -57,7 +56,7 @@ def _logit_interval(value:float, deviation:float, level:float)->tuple[float,floa
     "Lay an interval around a value in (0, 1), on the logit scale."
     on_logits = deviation/(value*(1-value))
     if not on_logits > 0: return float('nan'), float('nan') # nothing varies, or nothing is known
-    ends = norm.ppf([(1-level)/2, (1+level)/2])
+    ends = ndtri([(1-level)/2, (1+level)/2])
     low, high = expit(logit(value)+ends*on_logits)
     return float(low), float(high)
 
@@ -84,4 +83,6 @@ def share_interval(
     check_level(level)
     if not 0 <= n_hits <= n: raise ArgumentError(f'n_hits must be from 0 to n = {n}, got {n_hits}: count again')
     if not n: return float('nan'), float('nan')
-    return tuple(binomtest(int(n_hits), int(n)).proportion_ci(level))
+    low = betaincinv(n_hits, n-n_hits+1, (1-level)/2) if n_hits else 0.
+    high = betaincinv(n_hits+1, n-n_hits, (1+level)/2) if n_hits < n else 1.
+    return float(low), float(high)

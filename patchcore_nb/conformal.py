@@ -13,7 +13,6 @@ from math import ceil, comb, floor, log, log1p
 
 import numpy as np
 from scipy.special import bdtr, bdtrc
-from scipy.stats import betabinom
 
 from .arrays import finite_scores
 from .core import ArgumentError
@@ -118,6 +117,7 @@ def expected_alarms(
     "Tell how many of m further good images will raise a false alarm."
     if m < 1: raise ArgumentError(f'm must be at least 1, got {m}: say of how many images')
     if not 0 < level < 1: raise ArgumentError(f'level must be in (0, 1), got {level}: pass 0.99')
+    from scipy.stats import betabinom # which takes a third of a second to load
     a, b = rate_law(n, alpha, confidence)
     low, high = betabinom.interval(level, m, a, b)
     return int(low), int(high)

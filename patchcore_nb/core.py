@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'check_seed', 'generator', 'best_device', 'named_device', 'pick_device', 'to_rgb',
            'FirstFrameWarning', 'read_image', 'dense', 'to_pil', 'brought', 'normalise', 'denormalise', 'to_tensor',
-           'progress', 'PatchCoreError', 'DataError', 'ArgumentError', 'nearest_names', 'first_line', 'unknown',
-           'as_plain', 'is_whole', 'is_number', 'in_short', 'disk_error', 'make_folder', 'replacing',
+           'all_finite', 'progress', 'PatchCoreError', 'DataError', 'ArgumentError', 'nearest_names', 'first_line',
+           'unknown', 'as_plain', 'is_whole', 'is_number', 'in_short', 'disk_error', 'make_folder', 'replacing',
            'replacing_folder', 'write_text', 'full_precision', 'in_threads', 'limit_threads', 'usual_torch']
 
 # %% ../nbs/00_core.ipynb #47a55bb6
@@ -251,6 +251,13 @@ def to_tensor(
     pixels = torch.from_numpy(np.array(im)) # (H, W, 3) uint8
     images = pixels.permute(2, 0, 1).float()/255
     return normalise(images, mean, std).contiguous()
+
+# %% ../nbs/00_core.ipynb #f1n1te02
+def all_finite(
+    x:Tensor, # any shape
+)->bool:
+    "Tell whether there is neither NaN nor infinity among numbers."
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
 
 # %% ../nbs/00_core.ipynb #925019f1
 def progress(

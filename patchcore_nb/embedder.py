@@ -257,11 +257,12 @@ def find_embedder(
     what:Embedding,
     how:Compute,
     ready:Embedder|None=None,     # not calibrated; is taken if it is the one
-    others:Sequence[Embedder]=(), # which may have the backbone
+    others:Sequence[Embedder]=(), # likewise, where there is nothing to calibrate; else they may lend the backbone
 )->Embedder: # not calibrated
     "Find an embedder that serves, or build one, with a backbone that can be shared if there is one."
-    same = ready and ready.what == what and ready.how.weights_dir == how.weights_dir
-    if same: return ready.with_compute(how)
+    alike = [o for o in others if not hasattr(o.trained_, 'calibrate')] # the others may be calibrated
+    for o in ([ready] if ready else [])+alike:
+        if o.what == what and o.how.weights_dir == how.weights_dir: return o.with_compute(how)
     lent = (o.lend(what, how) for o in others)
     return Embedder(what, how, next((o for o in lent if o is not None), None))
 
@@ -297,7 +298,7 @@ def rows(self:Embedder,
         part = out[done:done+len(patches)*each]
         part.copy_(rearrange(patches, 'b h w d -> (b h w) d'))
         first = done//each
-        if not part.isfinite().all(): raise DataError(f'patch embeddings hold NaN or infinity (images {first} to {first+len(patches)-1}): check the weights and the images')
+        if not all_finite(part): raise DataError(f'patch embeddings hold NaN or infinity (images {first} to {first+len(patches)-1}): check the weights and the images')
         done += len(part)
     return out
 

@@ -35,7 +35,8 @@ def convert(
     open_batch = ov.PartialShape([-1, *images.shape[1:]])
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as temp:
         warnings.simplefilter('ignore')
-        found = ov.convert_model(graph, example_input=images, input=open_batch)
+        traced = torch.jit.trace(graph, images, check_trace=False) # our own check follows
+        found = ov.convert_model(traced, input=open_batch)
         path = Path(temp)/'network.xml'
         ov.save_model(found, path, compress_to_fp16=False)
         return {o: as_bytes(path.with_suffix(f'.{o}')) for o in ('xml', 'bin')}

@@ -11,7 +11,6 @@ __all__ = ['GOOD', 'BAD', 'CYAN', 'as_array', 'map_peaks', 'good_and_bad', 'colo
 from functools import lru_cache
 
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 from torch import Tensor
@@ -169,7 +168,9 @@ def row_of_axes(
     axs=None, # the caller's; None: new ones
 )->np.ndarray: # (n,) axes
     "Make axes in a row, or check those that were given."
-    if axs is None: _, axs = plt.subplots(1, n, figsize=(2.3*n+.6, 2.5), layout='constrained')
+    if axs is None:
+        import matplotlib.pyplot as plt # which takes a third of a second to load
+        _, axs = plt.subplots(1, n, figsize=(2.3*n+.6, 2.5), layout='constrained')
     axs = np.asarray(axs).ravel()
     if len(axs) == n: return axs
     wanted = 'three' if n == 3 else 'four with a mask'

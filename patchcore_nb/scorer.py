@@ -325,7 +325,7 @@ class Scorer:
         if home: self.fit(self.memory_bank_.to(device), self.spread_)
         memory = self.neighbours_
         queries = rearrange(patches, 'b h w d -> (b h w) d').to(memory.memory_bank.device)
-        if not queries.isfinite().all(): raise DataError('patch embeddings hold NaN or infinity: check the weights and the images')
+        if not all_finite(queries): raise DataError('patch embeddings hold NaN or infinity: check the weights and the images')
         with limit_threads(self.num_threads): dists, idxs = memory.search(queries, self.rule.k)
         return score(dists, idxs, queries, patches.shape[:3], self.rule, memory)
 
@@ -335,7 +335,7 @@ def check_memory(
     rule:Rule,          # by which it will be asked
 ):
     "Refuse a memory bank that holds no numbers, or vectors of another length than the distance takes."
-    if not memory_bank.isfinite().all(): raise DataError('the memory bank holds NaN or infinity: check the weights and the images')
+    if not all_finite(memory_bank): raise DataError('the memory bank holds NaN or infinity: check the weights and the images')
     off = needs_unit(rule.distance) and (memory_bank.norm(dim=1)-1).abs().max() > 1e-3
     if off: raise ArgumentError(f'distance {rule.distance} is for patches of length 1: normalise them, as PatchCore does, or pass euclidean')
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from .intervals import over_seeds
 from .read_back import Results
@@ -67,7 +67,7 @@ def side_of(
     value = table[list(metrics)]
     error = table[[f'{o}_std' for o in metrics]].set_axis(metrics, axis=1)/n**.5
     if n > 1:
-        far = student.ppf(.975, n-1)*error
+        far = stdtrit(n-1, .975)*error
         return Side(value, far, far, error, n)
     inside = value.drop('Mean')
     below = inside-ends_of(results, 'low', known)
@@ -83,7 +83,7 @@ def welch(
     both = a.error**2+b.error**2
     share = a.error**2/both
     freedom = 1/(share**2/(a.n-1)+(1-share)**2/(b.n-1))
-    half = student.ppf(.975, freedom)*both**.5
+    half = stdtrit(freedom, .975)*both**.5
     return half.mask(both == 0, 0.)
 
 def differences(
