@@ -13,7 +13,8 @@ from .base import *
 
 # %% ../nbs/00_names.ipynb #ed8124dd
 SAMPLERS = Registry('sampler', 'patchcore_nb.samplers', dict.fromkeys(
-    ['approx_greedy_coreset', 'greedy_coreset', 'single_start_coreset', 'random', 'identity'], 'samplers'))
+    ['approx_greedy_coreset', 'greedy_coreset', 'single_start_coreset', 'random', 'identity'], 'samplers')
+    | dict(two_rounds_coreset='two_rounds'))
 PATCH_SCORES = Registry('patch_score', 'patchcore_nb.patch_scores', dict.fromkeys(
     ['max', 'mean', 'top1%', 'smoothed', 'reweighted'], 'scorer') | dict(relative='relative'))
 DISTANCES = Registry('distance', 'patchcore_nb.distances', dict.fromkeys(
