@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DIED', 'Run', 'check_test', 'say_remarks', 'check_run', 'run', 'outputs_of', 'is_lost', 'check_outputs',
-           'do_category', 'do_apart', 'lent', 'refuse_failed', 'each_category', 'run_all', 'check_saved', 'judge_into',
-           'judge_saved']
+           'do_category', 'do_apart', 'texts_of', 'lent', 'refuse_failed', 'warn_again', 'check_shares',
+           'each_category', 'run_all', 'check_saved', 'judge_into', 'judge_saved']
 
 # %% ../nbs/10_run.ipynb #073f0dfe
 import multiprocessing, warnings
@@ -160,8 +160,17 @@ def do_apart(
     if multiprocessing.parent_process() is None: return *do_category(*job), []
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter('always')
-        found = do_category(*job)
-    return *found, [(o.category, str(o.message)) for o in heard]
+        try: found = do_category(*job)
+        except Exception as e:
+            e.heard = texts_of(heard)
+            raise
+    return *found, texts_of(heard)
+
+def texts_of(
+    heard:list[warnings.WarningMessage],
+)->list[tuple[type,str]]:
+    "Take from warnings what another process can be told."
+    return [(o.category, str(o.message)) for o in heard]
 
 def lent(
     model:Detector, # checked
@@ -192,6 +201,24 @@ def refuse_failed(
     others = f'what else was asked for is done ({n-len(failed)}), and ' if len(failed) < n else ''
     raise DataError(f'{len(failed)} of {n} categories could not be done: {each}; {others}resume=True goes on')
 
+def warn_again(
+    key:str, # of a category
+    heard:Sequence[tuple[type,str]], # as `texts_of`
+):
+    "Warn of what another process was warned of."
+    for kind, text in heard: warnings.warn(text if key in text else f'{key}: {text}', kind)
+
+def check_shares(
+    given:Detector, # with a share of the memory
+    categories:Sequence[Category],
+    n:int,          # at a time
+):
+    "Refuse shares of the memory that are too small for some category."
+    model = given.fresh()
+    for o in categories:
+        try: model.plan(len(o.train), len(o.test))
+        except ArgumentError as e: raise ArgumentError(f'{o.key}, with one of {n} shares of the memory: {e}, for each share; or do fewer at a time') from e
+
 def each_category(
     model:Detector, # checked
     todo:Sequence[tuple[Category,Category]], # each as asked for, and what can be read of it
@@ -205,7 +232,9 @@ def each_category(
         for key, o in zip(keys, todo): yield key, *do_category(model, *o, folder, outputs)
         return
     if not todo: return
-    given = lent(model, executor, min(len(todo), width_of(executor)))
+    n = min(len(todo), width_of(executor))
+    given = lent(model, executor, n)
+    check_shares(given, [o for _, o in todo], n)
     jobs = [(given, *o, folder.absolute(), outputs) for o in todo]
     shown = any(o.show for o in model.members)
     tasks = ended(executor, do_apart, jobs)
@@ -213,9 +242,10 @@ def each_category(
         for i, future in bar:
             if error := future.exception():
                 failed[keys[i]] = error
+                warn_again(keys[i], getattr(error, 'heard', ()))
                 continue
             inputs, told, heard = future.result()
-            for kind, text in heard: warnings.warn(text if keys[i] in text else f'{keys[i]}: {text}', kind)
+            warn_again(keys[i], heard)
             yield keys[i], inputs, told
     refuse_failed(failed, len(keys))
 

@@ -15,7 +15,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from patchcore_nb.base import DataError
+from patchcore_nb.base import ArgumentError, DataError
 from patchcore_nb.categories import Category
 from patchcore_nb.cli import main
 from patchcore_nb.data import load_category
@@ -166,6 +166,27 @@ def test_warnings_are_passed_on(few, tmp_path, pool):
         warnings.simplefilter('always')
         run(small(), [Category(few[0].dataset, few[0].name, few[0].train, few[0].test[:3])], tmp_path, executor=pool)
     assert any(str(o.message).startswith(f'{few[0].key}: ') and 'are all' in str(o.message) for o in heard)
+
+def test_warnings_of_one_that_fails_are_passed_on(few, tmp_path, pool):
+    broken = Path(few[0].test[2].path)
+    whole = broken.read_bytes()
+    found = Category(few[0].dataset, few[0].name, few[0].train, few[0].test[:3])
+    broken.write_bytes(whole[:len(whole)//2])
+    try:
+        with warnings.catch_warnings(record=True) as heard, pytest.raises(DataError, match='1 of 1 categories could not be done'):
+            warnings.simplefilter('always')
+            run(small().set_params(resize=128), [found], tmp_path, executor=pool)
+    finally: broken.write_bytes(whole)
+    assert any('the network sees' in str(o.message) and few[0].key in str(o.message) for o in heard)
+
+def test_a_share_of_the_memory_that_is_too_small_is_refused_before_the_work(few, tmp_path, pool):
+    def fits(budget):
+        try: return small(memory_budget=budget).plan(len(few[0].train), len(few[0].test))
+        except ArgumentError: return None
+    least = next(2**i for i in range(20, 34) if fits(2**i))
+    with pytest.raises(ArgumentError, match=f'{few[0].key}, with one of 2 shares of the memory: .*too small.*for each share; or do fewer at a time'):
+        run(small(memory_budget=least), few, tmp_path, executor=pool)
+    run(small(memory_budget=least), few[:1], tmp_path, executor=pool) # alone it has all of it
 
 def test_seeds_by_processes(few, tmp_path, pool):
     want = run_seeds(small(), lambda _: few, [0, 1], tmp_path, 'p', 'here')
