@@ -56,8 +56,8 @@ class TwoRounds(NamedTuple):
         return self.most/self.least if self.least else 1. if not self.most else math.inf
 
     def __str__(self):
-        worth = f'a cover radius of {self.most:.4g} at most, {self.ratio:.2f} times the least possible'
-        return f'{len(self.idxs):,} picks in two rounds: {worth}'
+        known = f', {self.ratio:.2f} times the least possible' if math.isfinite(self.ratio) else ''
+        return f'{len(self.idxs):,} picks in two rounds: a cover radius of {self.most:.4g} at most{known}'
 
 # %% ../nbs/04_two_rounds.ipynb #7w0r0b10
 def two_rounds(

@@ -205,7 +205,7 @@ def test_nothing_is_left_after_a_kill(tmp_path):
 def test_a_plan_is_kept(demo_root, tmp_path):
     "In memory and in a file: no more than was planned, and the file saves what the bank takes."
     found = {}
-    tail = f'patch_core -b filterbank -le layer2 -le layer3 sampler -p 0.05 approx_greedy_coreset dataset -d cog demo {demo_root}'.split()
+    tail = f'patch_core -b filterbank -le layer2 -le layer3 sampler -p 0.05 approx_greedy_coreset dataset --batch_size 2 -d cog demo {demo_root}'.split()
     for name, flags in dict(free=[], tight=['--memory_budget', '340MB']).items():
         found[name] = bench.watch(['--gpu', '-1', '--log_group', name, *flags, 'results', *tail], tmp_path)
         found[name]['csv'] = (tmp_path/'results'/'project'/name/'results.csv').read_bytes()
